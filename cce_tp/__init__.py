@@ -1,0 +1,15 @@
+"""Vocab-parallel Cut Cross-Entropy: linear + cross entropy without the logits, sharded over
+ranks."""
+
+from cce_tp.filtering import GradFilter
+from cce_tp.loss import LinearCrossEntropyLoss, linear_cross_entropy
+from cce_tp.sharding import VocabShard
+from cce_tp.stats import LossStats
+
+__all__ = [
+    "GradFilter",
+    "LinearCrossEntropyLoss",
+    "LossStats",
+    "VocabShard",
+    "linear_cross_entropy",
+]

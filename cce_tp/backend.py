@@ -1,0 +1,70 @@
+"""The seam between the Triton kernels and the PyTorch reference: three tile functions each."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from cce_tp.problem import LocalLogits, LogitGradient
+from cce_tp.stats import StatRows
+
+
+class Backend(Protocol):
+    """Functions over a rectangle of one rank's logits. `kept` is the backend's own record of kept
+    tiles."""
+
+    def statistics(self, logits: LocalLogits, rows: StatRows, workspace_bytes: int) -> Tensor: ...
+
+    def tile_bytes(self, logits: LocalLogits) -> int:
+        """Bytes of temporaries that grad_logits takes beside its output."""
+        ...
+
+    def grad_logits(
+        self, logits: LocalLogits, upstream: LogitGradient, out_NV: Tensor, eps: float | None
+    ) -> Any: ...
+
+    def sparse_product(
+        self,
+        out: Tensor,
+        grad_NV: Tensor,
+        other: Tensor,
+        kept: Any,
+        *,
+        transposed: bool,
+        accumulate: bool,
+    ) -> None: ...
+
+
+class _TritonBackend:
+    """Binds the kernels' launchers; Triton is imported when the first one is built."""
+
+    def __init__(self) -> None:
+        from cce_tp.kernels import backward, forward
+
+        self.statistics = forward.statistics
+        self.tile_bytes = lambda logits: 0
+        self.grad_logits = backward.grad_logits
+        self.sparse_product = backward.sparse_product
+
+
+class _TorchBackend:
+    def __init__(self) -> None:
+        from cce_tp import reference
+
+        self.statistics = reference.statistics
+        self.tile_bytes = reference.tile_bytes
+        self.grad_logits = reference.grad_logits
+
+    def sparse_product(self, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the reference keeps no list of tiles")
+
+
+_built: dict[str, Backend] = {}
+
+
+def backend(impl: str) -> Backend:
+    """The backend of a resolved `impl`, "triton" or "torch"."""
+    if impl not in _built:
+        _built[impl] = _TritonBackend() if impl == "triton" else _TorchBackend()
+    return _built[impl]

@@ -1,0 +1,101 @@
+"""Which part of the logits' gradient the backward pass may leave out, and in which order it walks
+the vocabulary."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+# Peak bytes per row of making and holding the order: keys and values of a radix sort, the inverse.
+BYTES_PER_ORDERED_ROW = 48
+
+_SUPPORTED: tuple[str, ...] = ("exact", "paper")
+
+
+@dataclass(frozen=True, slots=True)
+class GradFilter:
+    """Policy of the backward pass. Build it with `exact()`, `paper()` or `far_field()`.
+
+    Attributes:
+        kind: "exact" keeps every element; "paper" skips tiles; "far-field" replaces them by their
+            mean.
+        eps: for "paper": a (token block, vocabulary tile) is skipped when every |d loss_n / d
+            y_v| in it is below eps, y being the logit before the cap and after the scale. The
+            derivative is that of the token's own loss, before the upstream gradient, so the
+            choice does not depend on the reduction or on a loss scale.
+        budget: for "far-field": mean leftover probability mass per token.
+    """
+
+    kind: Literal["exact", "paper", "far-field"] = "exact"
+    eps: float | None = None
+    budget: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("exact", "paper", "far-field"):
+            raise ValueError(
+                f"kind: expected 'exact', 'paper' or 'far-field', got {self.kind!r}; "
+                "use GradFilter.exact(), .paper() or .far_field()"
+            )
+        if self.kind == "paper" and not (
+            isinstance(self.eps, (int, float)) and 0 <= self.eps < math.inf
+        ):
+            raise ValueError(f"eps: expected a finite number >= 0, got {self.eps!r}")
+        if self.kind == "far-field" and not (
+            isinstance(self.budget, (int, float)) and 0 <= self.budget < 1
+        ):
+            raise ValueError(f"budget: expected a number in [0, 1), got {self.budget!r}")
+
+    @classmethod
+    def exact(cls) -> GradFilter:
+        """Every gradient element is computed. Deterministic."""
+        return cls("exact")
+
+    @classmethod
+    def paper(cls, eps: float = 2.0**-12) -> GradFilter:
+        """The filter of "Cut Your Losses" (arXiv 2411.09009, section 4.3 and 5.2).
+
+        The vocabulary is sorted by average logit inside each shard, and tiles in which every
+        element of the logits' gradient is below `eps` are left out of both dE and dC. What is
+        left out mostly has one sign, so dE's error is far larger than eps suggests (about 2e-2 on
+        a trained model)."""
+        return cls("paper", eps=eps)
+
+    @classmethod
+    def far_field(cls, budget: float = 0.005) -> GradFilter:
+        """Sorted tiles of little mass are replaced by mass times mean row. Not implemented yet."""
+        return cls("far-field", budget=budget)
+
+    def require_supported(self) -> None:
+        """Raise NotImplementedError for a filter that has no implementation in this release."""
+        if self.kind not in _SUPPORTED:
+            raise NotImplementedError(
+                f"grad_filter: {self.kind!r} is not implemented in this release; "
+                "use GradFilter.exact() or GradFilter.paper()"
+            )
+
+
+def vocabulary_order(input_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Local rows of the shard sorted by their average logit over the batch, highest first.
+
+    The average over tokens of E_n . C_v is C_v . mean(E): one matrix-vector product. Stateless
+    and deterministic (stable sort); local to the rank. The logit scale does not change how rows
+    group, and the softcap is monotone, so neither enters.
+
+    Args:
+        input_ND: (N, D), the same on every rank.
+        weight_VD: (V, D), this rank's rows.
+        bias_V: (V,) or None.
+
+    Returns:
+        (V,) int64, a permutation of the local row numbers.
+    """
+    # A product with a constant vector, not mean(): that takes a buffer as large as input on CUDA.
+    share_N = input_ND.new_full((input_ND.shape[0],), 1 / input_ND.shape[0])
+    average_V = torch.mv(weight_VD, torch.mv(input_ND.t(), share_N))
+    if bias_V is not None:
+        average_V = average_V + bias_V
+    return torch.sort(average_V, descending=True, stable=True).indices

@@ -1,0 +1,278 @@
+"""Backward pass: the logits' gradient of a strip, and block-sparse products with it.
+
+The exact path needs kernel 1 only: it recomputes the logits of a strip of the vocabulary and
+writes their gradient G to a small buffer; library products take it from there
+(`cce_tp.backward`). With the paper's filter kernel 1 also decides which tiles of G to keep, and
+kernel 2 multiplies the kept tiles alone. Every output element has one writer: no locks, no
+atomics.
+
+Legend: N tokens, V vocabulary columns of the strip, D hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cce_tp.kernels import tuning
+from cce_tp.kernels.launch import logits_arguments, matrix_argument, tiling_arguments
+from cce_tp.kernels.tile import (
+    LOG2E,
+    dot_tile,
+    grouped_block,
+    load_tile,
+    logits_tile,
+    store_tile,
+    target_column,
+)
+from cce_tp.problem import LocalLogits, LogitGradient
+
+
+@triton.jit(do_not_specialize=["first_id"])
+def grad_logits_kernel(
+    input,
+    weight,
+    bias_ptr,
+    target_ptr,
+    grad_ptr,
+    max_ptr,
+    log_sum_ptr,
+    out,
+    kept_ptr,
+    N,
+    V,
+    D,
+    stride_input,
+    stride_weight,
+    stride_out,
+    first_id,
+    logit_scale,
+    logit_softcap,
+    z_loss,
+    onehot_weight,
+    uniform_weight,
+    eps,
+    NUM_PROGRAMS: tl.constexpr,
+    FILTER: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    OUT_DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    """out is (N, V) in the inputs' dtype; kept_ptr is (token blocks, vocabulary tiles) int32,
+    FILTER only."""
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    blocks_v = tl.cdiv(V, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS, flatten=True):
+        block_n, block_v = grouped_block(tile, blocks_n, blocks_v, GROUP_N)
+        x = logits_tile(
+            input, weight, bias_ptr, block_n * BLOCK_N, block_v * BLOCK_V, N, V, D,
+            stride_input, stride_weight, logit_scale, logit_softcap,
+            BLOCK_N, BLOCK_V, BLOCK_D, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, DESCRIPTOR, PRECISION,
+        )  # fmt: skip
+        rows = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_tile = tl.arange(0, BLOCK_V)
+        valid = rows < N
+        grad = tl.load(grad_ptr + rows, mask=valid, other=0.0)
+        max_x = tl.load(max_ptr + rows, mask=valid, other=0.0)
+        log_sum = tl.load(log_sum_ptr + rows, mask=valid, other=0.0)
+        g = tl.exp2((x - max_x[:, None]) * LOG2E - (log_sum * LOG2E)[:, None])
+        if HAS_Z_LOSS:
+            g *= (1.0 + 2.0 * z_loss * (max_x + log_sum))[:, None]
+        g -= uniform_weight
+        target = target_column(target_ptr, rows, N, first_id, V) - block_v * BLOCK_V
+        g -= tl.where(in_tile[None, :] == target[:, None], onehot_weight, 0.0)
+        if HAS_SOFTCAP:
+            capped = x / logit_softcap
+            g *= 1.0 - capped * capped
+        # A masked token has gradient exactly 0 even where its logits are not finite.
+        g = tl.where((grad == 0.0)[:, None], 0.0, g)
+        if FILTER:
+            size = tl.where((block_v * BLOCK_V + in_tile < V)[None, :], tl.abs(g), 0.0)
+            small = (size < eps).to(tl.int32)  # NaN is not small
+            # Over the flat tile: Triton 3.7 cannot build the reduction by axes for Blackwell.
+            kept = tl.min(small) == 0
+            tl.store(kept_ptr + block_n * blocks_v + block_v, kept.to(tl.int32))
+            g = tl.where(kept, g, 0.0)
+        if HAS_SCALE:
+            grad *= logit_scale
+        g *= grad[:, None]
+        if OUT_DESCRIPTOR:
+            g = g.to(out.dtype)
+        else:
+            g = g.to(out.dtype.element_ty)
+        store_tile(
+            out, block_n * BLOCK_N, block_v * BLOCK_V, N, V, stride_out, g,
+            BLOCK_N, BLOCK_V, OUT_DESCRIPTOR,
+        )  # fmt: skip
+
+
+@triton.jit
+def sparse_product_kernel(
+    a,
+    b,
+    out_ptr,
+    worklist_ptr,
+    count_ptr,
+    M,
+    N,
+    K,
+    stride_a,
+    stride_b,
+    stride_out,
+    stride_worklist,
+    ACCUMULATE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    SPLIT_M: tl.constexpr,
+    WORK_K: tl.constexpr,
+    A_DESCRIPTOR: tl.constexpr,
+    B_DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out (M, N) fp32 = or += A B, A being (M, K), or stored as (K, M) with TRANSPOSED.
+
+    A's blocks of (BLOCK_M * SPLIT_M) x WORK_K are either kept or zero: worklist_ptr holds, per
+    row of blocks, the numbers of its `count` kept blocks."""
+    block_m = tl.program_id(0)
+    block_n = tl.program_id(1)
+    row = block_m // SPLIT_M
+    acc = dot_tile(
+        a, b, block_m * BLOCK_M, block_n * BLOCK_N, M, N, K, stride_a, stride_b,
+        worklist_ptr + row * stride_worklist, tl.load(count_ptr + row),
+        BLOCK_M, BLOCK_N, BLOCK_K, WORK_K, TRANSPOSED, False, A_DESCRIPTOR, B_DESCRIPTOR, PRECISION,
+    )  # fmt: skip
+    if ACCUMULATE:
+        acc += load_tile(
+            out_ptr, block_m * BLOCK_M, block_n * BLOCK_N, M, N, stride_out, BLOCK_M, BLOCK_N, False
+        )
+    store_tile(
+        out_ptr,
+        block_m * BLOCK_M,
+        block_n * BLOCK_N,
+        M,
+        N,
+        stride_out,
+        acc,
+        BLOCK_M,
+        BLOCK_N,
+        False,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class KeptTiles:
+    """Which tiles of a gradient strip survived the filter.
+
+    Attributes:
+        mask: (token blocks, vocabulary tiles) int32, 1 where the tile is kept.
+        block_n, block_v: tokens and columns per tile.
+    """
+
+    mask: Tensor
+    block_n: int
+    block_v: int
+
+
+def grad_logits(
+    logits: LocalLogits, upstream: LogitGradient, out_NV: Tensor, eps: float | None
+) -> KeptTiles | None:
+    """Gradient of E C^T for a strip: d loss / d x, times the cap's derivative and logit_scale.
+
+    Args:
+        logits: N tokens against the V columns of the strip.
+        upstream: gradient and global statistics of the same tokens.
+        out_NV: (N, V) in the inputs' dtype, last dim contiguous; every element is written.
+        eps: threshold of the paper's filter, or None for all of G.
+
+    Returns:
+        The kept tiles with a filter (dropped ones are zeros in out_NV), else None.
+    """
+    num_tokens, vocab, _ = logits.shape
+    tiling = tiling_arguments(logits, tuning.use_descriptors(logits.input, logits.weight))
+    block_n, block_v = tiling["BLOCK_N"], tiling["BLOCK_V"]
+    kept = None
+    if eps is not None:
+        shape = (triton.cdiv(num_tokens, block_n), triton.cdiv(vocab, block_v))
+        mask = torch.empty(shape, dtype=torch.int32, device=logits.input.device)
+        kept = KeptTiles(mask, block_n, block_v)
+    out_descriptor = tuning.use_descriptors(out_NV)
+    tiles = triton.cdiv(num_tokens, block_n) * triton.cdiv(vocab, block_v)
+    grad_logits_kernel[(min(tiling["NUM_PROGRAMS"], tiles),)](
+        target_ptr=logits.target,
+        first_id=logits.first_id,
+        grad_ptr=upstream.grad,
+        max_ptr=upstream.max_logit,
+        log_sum_ptr=upstream.log_sum,
+        out=matrix_argument(out_NV, block_n, block_v, out_descriptor),
+        kept_ptr=None if kept is None else kept.mask,
+        stride_out=out_NV.stride(0),
+        z_loss=float(upstream.z_loss),
+        onehot_weight=float(upstream.onehot_weight),
+        uniform_weight=float(upstream.uniform_weight),
+        eps=0.0 if eps is None else float(eps),
+        FILTER=eps is not None,
+        HAS_Z_LOSS=upstream.z_loss != 0.0,
+        OUT_DESCRIPTOR=out_descriptor,
+        **logits_arguments(logits),
+        **tiling,
+    )
+    return kept
+
+
+def sparse_product(
+    out: Tensor,
+    grad_NV: Tensor,
+    other: Tensor,
+    kept: KeptTiles,
+    *,
+    transposed: bool,
+    accumulate: bool,
+) -> None:
+    """out = or += G @ other, or G^T @ other with `transposed`, over the kept tiles of G alone.
+
+    Args:
+        out: (N, D) fp32, or (V, D) fp32 with `transposed`.
+        grad_NV: (N, V) gradient strip.
+        other: (V, D) classifier rows of the strip, or (N, D) inputs with `transposed`.
+        kept: which tiles of grad_NV are not zero.
+        transposed: multiply by G^T.
+        accumulate: add to `out`.
+    """
+    mask = kept.mask.t().contiguous() if transposed else kept.mask
+    tile_m, tile_k = (kept.block_v, kept.block_n) if transposed else (kept.block_n, kept.block_v)
+    # Kept blocks first, in ascending order: the sum has one order, so two runs give equal bits.
+    worklist = torch.sort(mask, dim=1, descending=True, stable=True).indices.to(torch.int32)
+    count = mask.sum(dim=1, dtype=torch.int32)
+    config, _ = tuning.config_for(grad_NV)
+    block_m, block_k = min(tile_m, 128), min(tile_k, config.block_d)
+    block_d = min(config.block_v, 128)
+    rows, inner = (grad_NV.shape[1], grad_NV.shape[0]) if transposed else tuple(grad_NV.shape)
+    a_descriptor = tuning.use_descriptors(grad_NV)
+    b_descriptor = tuning.use_descriptors(other)
+    a_block = (block_k, block_m) if transposed else (block_m, block_k)
+    hidden = other.shape[1]
+    sparse_product_kernel[(triton.cdiv(rows, block_m), triton.cdiv(hidden, block_d))](
+        matrix_argument(grad_NV, *a_block, a_descriptor),
+        matrix_argument(other, block_k, block_d, b_descriptor),
+        out, worklist, count, rows, hidden, inner,
+        grad_NV.stride(0), other.stride(0), out.stride(0), worklist.stride(0),
+        ACCUMULATE=accumulate, TRANSPOSED=transposed, SPLIT_M=tile_m // block_m, WORK_K=tile_k,
+        A_DESCRIPTOR=a_descriptor, B_DESCRIPTOR=b_descriptor,
+        PRECISION=tuning.input_precision(grad_NV.dtype),
+        BLOCK_M=block_m, BLOCK_N=block_d, BLOCK_K=block_k,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip

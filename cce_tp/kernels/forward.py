@@ -1,0 +1,276 @@
+"""Forward pass: per-token statistics of this rank's logits, which are never stored.
+
+Kernel 1 computes one logits tile at a time and stores, per (tile, token), the maximum m and the
+sum of exp(x - m) (and, on request, the sum of x, the entropy term, the argmax). Kernel 2 takes
+the target's logit. Kernel 3 joins the tiles of a token. Every output element has one writer: no
+locks, no atomics, equal bits in every run.
+
+Legend: N tokens, V vocabulary rows of this rank, D hidden size, T vocabulary tiles of a launch.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cce_tp import stats
+from cce_tp.kernels import tuning
+from cce_tp.kernels.launch import logits_arguments, tiling_arguments
+from cce_tp.kernels.tile import (
+    LOG2E,
+    grouped_block,
+    logits_tile,
+    scale_and_cap,
+    target_column,
+)
+from cce_tp.problem import LocalLogits
+from cce_tp.stats import StatRows
+from cce_tp.workspace import for_buffers
+
+
+@triton.jit
+def tile_statistics_kernel(
+    input,
+    weight,
+    bias_ptr,
+    tiles_ptr,
+    N,
+    V,
+    D,
+    stride_input,
+    stride_weight,
+    logit_scale,
+    logit_softcap,
+    NUM_PROGRAMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LOGIT_SUM: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GROUP_N: tl.constexpr,
+):
+    """tiles_ptr is (T, ROWS, N) fp32."""
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    blocks_v = tl.cdiv(V, BLOCK_V)
+    for tile in tl.range(tl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS, flatten=True):
+        block_n, block_v = grouped_block(tile, blocks_n, blocks_v, GROUP_N)
+        x = logits_tile(
+            input, weight, bias_ptr, block_n * BLOCK_N, block_v * BLOCK_V, N, V, D,
+            stride_input, stride_weight, logit_scale, logit_softcap,
+            BLOCK_N, BLOCK_V, BLOCK_D, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, DESCRIPTOR, PRECISION,
+        )  # fmt: skip
+        rows = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        in_tile = tl.arange(0, BLOCK_V)
+        cols = block_v * BLOCK_V + in_tile
+        in_range = (cols < V)[None, :]
+        # Zero columns are right for the sums of x; -inf is right for everything else.
+        if LOGIT_SUM:
+            sum_x = tl.sum(tl.where(in_range, x, 0.0), axis=1)
+        x = tl.where(in_range, x, float("-inf"))
+        max_x = tl.max(x, axis=1)
+        shifted = x - tl.where(max_x == float("-inf"), 0.0, max_x)[:, None]
+        exp_x = tl.exp2(shifted * LOG2E)
+
+        out = tiles_ptr + block_v.to(tl.int64) * ROWS * N + rows
+        valid = rows < N
+        tl.store(out, max_x, mask=valid)
+        tl.store(out + N, tl.sum(exp_x, axis=1), mask=valid)
+        out += 2 * N
+        if LOGIT_SUM:
+            tl.store(out, sum_x, mask=valid)
+            out += N
+        if ENTROPY:
+            weighted = exp_x * tl.where(exp_x > 0, shifted, 0.0)
+            tl.store(out, tl.sum(weighted, axis=1), mask=valid)
+            out += N
+        if ARGMAX:
+            best = tl.argmax(x, axis=1, tie_break_left=True) + block_v * BLOCK_V
+            tl.store(out, best.to(tl.float32, bitcast=True), mask=valid)
+
+
+@triton.jit(do_not_specialize=["first_id"])
+def target_logit_kernel(
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    target_ptr,
+    out_ptr,
+    N,
+    V,
+    D,
+    stride_input,
+    stride_weight,
+    first_id,
+    logit_scale,
+    logit_softcap,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out_ptr (N,) fp32: the logit of each token's target, 0 where it is not among these rows.
+
+    One dot product per token. Searching the logits tiles for it would cost a pass over every
+    element."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    column = target_column(target_ptr, rows, N, first_id, V)
+    here = column >= 0
+    row_offset = rows.to(tl.int64)[:, None] * stride_input
+    column_offset = column.to(tl.int64)[:, None] * stride_weight
+    y = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for start in range(0, D, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        mask = here[:, None] & (d < D)[None, :]
+        e = tl.load(input_ptr + row_offset + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        c = tl.load(weight_ptr + column_offset + d[None, :], mask=mask, other=0.0).to(tl.float32)
+        y += tl.sum(e * c, axis=1)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + column, mask=here, other=0.0).to(tl.float32)
+    x = scale_and_cap(y, logit_scale, logit_softcap, HAS_SCALE, HAS_SOFTCAP)
+    tl.store(out_ptr + rows, tl.where(here, x, 0.0), mask=rows < N)
+
+
+@triton.jit(do_not_specialize=["first_id"])
+def merge_tiles_kernel(
+    tiles_ptr,
+    target_logit_ptr,
+    merged_ptr,
+    N,
+    T,
+    first_id,
+    ROWS: tl.constexpr,
+    LOGIT_SUM: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """(T, ROWS, N) tile statistics to the packed (ROWS + 1, N) of `cce_tp.stats`: `stats.merge`,
+    streamed."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = rows < N
+    stride_tile = ROWS * N
+    running_max = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
+    running_sum = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    sum_x = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    weighted = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    best = tl.full((BLOCK_N,), 2147483647, dtype=tl.int32)
+    for start in range(0, T, BLOCK_T):
+        tile = start + tl.arange(0, BLOCK_T)
+        mask = (tile < T)[:, None] & valid[None, :]
+        part = tiles_ptr + tile.to(tl.int64)[:, None] * stride_tile + rows[None, :]
+        part_max = tl.load(part, mask=mask, other=float("-inf"))
+        part_sum = tl.load(part + N, mask=mask, other=0.0)
+        part += 2 * N
+        new_max = tl.maximum(running_max, tl.max(part_max, axis=0))
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        shift = part_max - base[None, :]
+        scale = tl.exp2(shift * LOG2E)
+        running_shift = running_max - base
+        running_scale = tl.exp2(running_shift * LOG2E)
+        if LOGIT_SUM:
+            sum_x += tl.sum(tl.load(part, mask=mask, other=0.0), axis=0)
+            part += N
+        if ENTROPY:
+            moved = scale * (tl.load(part, mask=mask, other=0.0) + shift * part_sum)
+            moved = tl.where(part_max == float("-inf"), 0.0, moved)
+            kept = running_scale * (weighted + running_shift * running_sum)
+            kept = tl.where(running_max == float("-inf"), 0.0, kept)
+            weighted = kept + tl.sum(moved, axis=0)
+            part += N
+        if ARGMAX:
+            ids = tl.load(part, mask=mask, other=0.0).to(tl.int32, bitcast=True)
+            ids = tl.min(tl.where(part_max == new_max[None, :], ids, 2147483647), axis=0)
+            best = tl.minimum(tl.where(running_max == new_max, best, 2147483647), ids)
+        running_sum = running_sum * running_scale + tl.sum(scale * part_sum, axis=0)
+        running_max = new_max
+    out = merged_ptr + rows
+    tl.store(out, running_max, mask=valid)
+    tl.store(out + N, running_sum, mask=valid)
+    tl.store(out + 2 * N, tl.load(target_logit_ptr + rows, mask=valid, other=0.0), mask=valid)
+    out += 3 * N
+    if LOGIT_SUM:
+        tl.store(out, sum_x, mask=valid)
+        out += N
+    if ENTROPY:
+        tl.store(out, weighted, mask=valid)
+        out += N
+    if ARGMAX:
+        # Columns of the launch become global ids; a token without a finite logit keeps the "no
+        # id" mark.
+        ids = tl.where(best == 2147483647, best, best + first_id.to(tl.int32))
+        tl.store(out, ids.to(tl.float32, bitcast=True), mask=valid)
+
+
+def statistics(logits: LocalLogits, rows: StatRows, workspace_bytes: int) -> Tensor:
+    """Statistics of this rank's logits for every token.
+
+    Args:
+        logits: N tokens against all V local rows; fp16, bf16 or fp32.
+        rows: optional statistics to compute.
+        workspace_bytes: cap on the tile statistics; more tiles than fit are taken in several
+            launches.
+
+    Returns:
+        (rows.count, N) fp32 packed statistics, local to this rank (see `cce_tp.stats`).
+    """
+    num_tokens, vocab, _ = logits.shape
+    if num_tokens == 0 or vocab == 0:
+        return stats.empty_statistics(num_tokens, rows, like=logits.input, dtype=torch.float32)
+    config, _ = tuning.config_for(logits.input)
+    bytes_per_tile = (rows.count - 1) * num_tokens * 4
+    available = for_buffers(workspace_bytes, num_tokens)
+    tiles_per_launch = max(1, available // bytes_per_tile)
+    columns_per_launch = tiles_per_launch * config.block_v
+    merged = None
+    for start in range(0, vocab, columns_per_launch):
+        part = _statistics_of(logits.columns(start, min(start + columns_per_launch, vocab)), rows)
+        merged = part if merged is None else stats.merge(torch.stack([merged, part]), rows)
+    assert merged is not None
+    return merged
+
+
+def _statistics_of(logits: LocalLogits, rows: StatRows) -> Tensor:
+    num_tokens, vocab, _ = logits.shape
+    tiling = tiling_arguments(logits, tuning.use_descriptors(logits.input, logits.weight))
+    flags = {
+        "ROWS": rows.count - 1,  # the target's logit is not kept per tile
+        "LOGIT_SUM": rows.logit_sum,
+        "ENTROPY": rows.entropy,
+        "ARGMAX": rows.argmax,
+    }
+    num_tiles = triton.cdiv(vocab, tiling["BLOCK_V"])
+    device = logits.input.device
+    tiles = torch.empty((num_tiles, rows.count - 1, num_tokens), dtype=torch.float32, device=device)
+    grid = (min(tiling["NUM_PROGRAMS"], num_tiles * triton.cdiv(num_tokens, tiling["BLOCK_N"])),)
+    tile_statistics_kernel[grid](tiles_ptr=tiles, **logits_arguments(logits), **flags, **tiling)
+    target_logit = torch.empty(num_tokens, dtype=torch.float32, device=device)
+    block_n = 8
+    target_logit_kernel[(triton.cdiv(num_tokens, block_n),)](
+        input_ptr=logits.input,
+        weight_ptr=logits.weight,
+        target_ptr=logits.target,
+        out_ptr=target_logit,
+        first_id=logits.first_id,
+        **logits_arguments(logits),
+        BLOCK_N=block_n,
+        BLOCK_D=256,
+        num_warps=4,
+    )
+    merged = torch.empty((rows.count, num_tokens), dtype=torch.float32, device=device)
+    block_n = 32
+    merge_tiles_kernel[(triton.cdiv(num_tokens, block_n),)](
+        tiles, target_logit, merged, num_tokens, num_tiles, logits.first_id,
+        **flags, BLOCK_N=block_n, BLOCK_T=64, num_warps=4,
+    )  # fmt: skip
+    return merged

@@ -1,0 +1,195 @@
+"""Device helpers that every kernel shares: loading, the one matmul loop, the one logits tile.
+
+Legend: N tokens, V vocabulary rows of this launch, D hidden size. A matrix argument is either a
+pointer to a row-major matrix (with its row stride) or a host tensor descriptor of it;
+`DESCRIPTOR` says which."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def load_tile(
+    matrix,
+    row,
+    col,
+    num_rows,
+    num_cols,
+    stride_row,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """(BLOCK_ROWS, BLOCK_COLS) of a matrix from (row, col) on; zeros outside of it."""
+    if DESCRIPTOR:
+        return matrix.load([row, col])
+    else:
+        rows = row + tl.arange(0, BLOCK_ROWS)
+        cols = col + tl.arange(0, BLOCK_COLS)
+        # 64-bit before the multiplication: a matrix may hold more than 2^31 elements.
+        offsets = rows[:, None].to(tl.int64) * stride_row + cols[None, :]
+        mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
+        return tl.load(matrix + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(
+    matrix,
+    row,
+    col,
+    num_rows,
+    num_cols,
+    stride_row,
+    tile,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+):
+    """Store a (BLOCK_ROWS, BLOCK_COLS) tile at (row, col), clipped to the matrix."""
+    if DESCRIPTOR:
+        matrix.store([row, col], tile)
+    else:
+        rows = row + tl.arange(0, BLOCK_ROWS)
+        cols = col + tl.arange(0, BLOCK_COLS)
+        offsets = rows[:, None].to(tl.int64) * stride_row + cols[None, :]
+        mask = (rows[:, None] < num_rows) & (cols[None, :] < num_cols)
+        tl.store(matrix + offsets, tile, mask=mask)
+
+
+@triton.jit
+def dot_tile(
+    a,
+    b,
+    a_start,
+    b_start,
+    M,
+    N,
+    K,
+    stride_a,
+    stride_b,
+    worklist,
+    work_count,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WORK_K: tl.constexpr,
+    A_KM: tl.constexpr,
+    B_NK: tl.constexpr,
+    A_DESCRIPTOR: tl.constexpr,
+    B_DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One fp32 output tile of A B: rows a_start.., columns b_start.., the only matmul loop of the
+    project.
+
+    A is (M, K), or stored as (K, M) with A_KM; B is (K, N), or stored as (N, K) with B_NK. With
+    WORK_K = 0 the loop runs over all of K. Otherwise only over `work_count` blocks of WORK_K,
+    whose
+    numbers are in `worklist`: the block-sparse products of the filtered backward pass.
+    """
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if WORK_K == 0:
+        steps = tl.cdiv(K, BLOCK_K)
+    else:
+        steps = work_count * (WORK_K // BLOCK_K)
+    for step in range(steps):
+        if WORK_K == 0:
+            k = step * BLOCK_K
+        else:
+            per_block: tl.constexpr = WORK_K // BLOCK_K
+            block = tl.load(worklist + step // per_block)
+            k = block * WORK_K + (step % per_block) * BLOCK_K
+        if A_KM:
+            a_tile = load_tile(a, k, a_start, K, M, stride_a, BLOCK_K, BLOCK_M, A_DESCRIPTOR).T
+        else:
+            a_tile = load_tile(a, a_start, k, M, K, stride_a, BLOCK_M, BLOCK_K, A_DESCRIPTOR)
+        if B_NK:
+            b_tile = load_tile(b, b_start, k, N, K, stride_b, BLOCK_N, BLOCK_K, B_DESCRIPTOR).T
+        else:
+            b_tile = load_tile(b, k, b_start, K, N, stride_b, BLOCK_K, BLOCK_N, B_DESCRIPTOR)
+        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def tanh(y):
+    """tanh from exp2, without overflow. Near 0, where 1 - exp cancels, its Taylor series."""
+    size = tl.abs(y)
+    e = tl.exp2(size * (-2.0 * LOG2E))
+    t = (1.0 - e) / (1.0 + e)
+    t = tl.where(size < 0.02, size * (1.0 - size * size / 3.0), t)
+    return tl.where(y < 0, -t, t)
+
+
+@triton.jit
+def logits_tile(
+    input,
+    weight,
+    bias_ptr,
+    row,
+    col,
+    N,
+    V,
+    D,
+    stride_input,
+    stride_weight,
+    logit_scale,
+    logit_softcap,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The logits of BLOCK_N tokens against BLOCK_V rows, fp32: the only place that computes them.
+
+    Columns beyond V hold the logit of a zero row; the caller masks them.
+    """
+    x = dot_tile(
+        input, weight, row, col, N, V, D, stride_input, stride_weight, input, 0,
+        BLOCK_N, BLOCK_V, BLOCK_D, 0, False, True, DESCRIPTOR, DESCRIPTOR, PRECISION,
+    )  # fmt: skip
+    if HAS_BIAS:
+        cols = col + tl.arange(0, BLOCK_V)
+        x += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
+    return scale_and_cap(x, logit_scale, logit_softcap, HAS_SCALE, HAS_SOFTCAP)
+
+
+@triton.jit
+def scale_and_cap(
+    y, logit_scale, logit_softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+):
+    """From E C^T + bias to the logit."""
+    if HAS_SCALE:
+        y *= logit_scale
+    if HAS_SOFTCAP:
+        y = logit_softcap * tanh(y / logit_softcap)
+    return y
+
+
+@triton.jit
+def target_column(target_ptr, rows, N, first_id, V):
+    """int32 column of each token's target in this launch, -1 where it is not here (or is no id at
+    all)."""
+    target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
+    column = target - first_id
+    return tl.where((target >= 0) & (column >= 0) & (column < V), column, -1).to(tl.int32)
+
+
+@triton.jit
+def grouped_block(tile, num_rows, num_cols, GROUP: tl.constexpr):
+    """(row block, column block) of a linear tile number: GROUP row blocks sweep the columns
+    together, so that a block of the classifier is used GROUP times while it is in the L2
+    cache."""
+    per_group = GROUP * num_cols
+    first_row = (tile // per_group) * GROUP
+    group_rows = tl.minimum(num_rows - first_row, GROUP)
+    within = tile % per_group
+    return first_row + within % group_rows, within // group_rows

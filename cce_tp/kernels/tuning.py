@@ -1,0 +1,105 @@
+"""Tile sizes by architecture, and what the hardware or the interpreter can do."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TileConfig:
+    """Launch configuration of the kernels that compute a tile of logits.
+
+    Attributes:
+        block_n, block_v: tokens and vocabulary rows per tile; also the paper filter's granularity.
+        block_d: depth of one step of the matmul loop.
+        group_n: token blocks that sweep the vocabulary together (L2 reuse of the classifier).
+        num_warps, num_stages: Triton's launch options.
+    """
+
+    block_n: int
+    block_v: int
+    block_d: int
+    group_n: int = 8
+    num_warps: int = 8
+    num_stages: int = 3
+
+
+# Few programs with small tiles: a test of moderate size still has ragged and several tiles.
+_INTERPRETER = TileConfig(block_n=32, block_v=64, block_d=32, group_n=2, num_warps=4, num_stages=1)
+
+# (capability from, bytes per element) -> configuration; the highest capability not above the
+# device's wins. Chosen to fit the shared memory of the smallest part of each generation: 8.0 163
+# KiB, 8.6/8.9/12.0 99 KiB, 9.0/10.0 227 KiB per block.
+_CONFIGS: dict[tuple[int, int], TileConfig] = {
+    (80, 2): TileConfig(block_n=128, block_v=256, block_d=32, num_stages=3),
+    (80, 4): TileConfig(block_n=64, block_v=128, block_d=32, num_warps=4, num_stages=3),
+    (86, 2): TileConfig(block_n=128, block_v=128, block_d=32, num_stages=3),
+    (86, 4): TileConfig(block_n=64, block_v=64, block_d=32, num_warps=4, num_stages=3),
+    (90, 2): TileConfig(block_n=128, block_v=256, block_d=64, num_stages=3),
+    (90, 4): TileConfig(block_n=64, block_v=128, block_d=32, num_warps=4, num_stages=3),
+    (120, 2): TileConfig(block_n=128, block_v=128, block_d=32, num_stages=3),
+    (120, 4): TileConfig(block_n=64, block_v=64, block_d=32, num_warps=4, num_stages=3),
+}
+
+
+def is_interpreted() -> bool:
+    """Whether Triton runs kernels in its CPU interpreter (fixed when Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def tile_config(capability: int, itemsize: int) -> TileConfig:
+    """Configuration for a compute capability (90 for 9.0) and an element size in bytes (2 or 4)."""
+    known = [cc for cc, size in _CONFIGS if size == itemsize and cc <= capability]
+    if not known:
+        raise ValueError(
+            f"impl: the Triton kernels need compute capability 8.0 or newer, got "
+            f"{capability // 10}.{capability % 10}; use impl='torch'"
+        )
+    return _CONFIGS[max(known), itemsize]
+
+
+@functools.cache
+def _device_properties(index: int) -> tuple[int, int]:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor, torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def config_for(tensor: Tensor) -> tuple[TileConfig, int]:
+    """(configuration, number of persistent programs) for the tensor's device and element size."""
+    if is_interpreted():
+        return _INTERPRETER, 3
+    capability, processors = _device_properties(tensor.device.index or 0)
+    return tile_config(capability, tensor.element_size()), processors
+
+
+def use_descriptors(*matrices: Tensor) -> bool:
+    """Whether the tensor memory accelerator can address the matrices: hardware, alignment,
+    strides."""
+    if not is_interpreted():
+        capability, _ = _device_properties(matrices[0].device.index or 0)
+        if capability < 90:
+            return False
+    return all(
+        matrix.data_ptr() % 16 == 0
+        and matrix.stride(1) == 1
+        and matrix.stride(0) >= matrix.shape[1]
+        and matrix.stride(0) * matrix.element_size() % 16 == 0
+        and matrix.numel() > 0
+        for matrix in matrices
+    )
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """tl.dot's precision: fp32 follows the setting that torch's own products on CUDA follow."""
+    if dtype != torch.float32:
+        return "ieee"
+    # Where the newer setting exists, reading the older one may be an error.
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if setting is None:
+        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if setting == "tf32" else "ieee"

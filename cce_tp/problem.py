@@ -1,0 +1,116 @@
+"""The rectangle of logits a rank works on, and the gradient that arrives at it.
+
+Legend: N tokens, V vocabulary rows of this rank (or of a part of them), D hidden size.
+The logits are x = cap(logit_scale * (E C^T + bias)) with cap(y) = softcap * tanh(y / softcap).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics, losses and accumulators are fp32, or fp64 for fp64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalLogits:
+    """Everything that defines the logits of some tokens against some rows of this rank. Nothing
+    is computed.
+
+    Attributes:
+        input: (N, D) hidden states, last dim contiguous.
+        weight: (V, D) classifier rows, same dtype, last dim contiguous.
+        bias: (V,) or None.
+        target: (N,) int64; the target's column is `target - first_id`, outside [0, V) if it is
+            elsewhere.
+        first_id: id of column 0.
+        logit_scale: factor on E C^T + bias.
+        logit_softcap: cap, or None.
+    """
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    first_id: int
+    logit_scale: float
+    logit_softcap: float | None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(N, V, D)."""
+        return self.input.shape[0], self.weight.shape[0], self.input.shape[1]
+
+    def tokens(self, start: int, stop: int) -> LocalLogits:
+        return replace(self, input=self.input[start:stop], target=self.target[start:stop])
+
+    def columns(self, start: int, stop: int) -> LocalLogits:
+        bias = None if self.bias is None else self.bias[start:stop]
+        first_id = self.first_id + start
+        return replace(self, weight=self.weight[start:stop], bias=bias, first_id=first_id)
+
+    def gathered(self, rows: Tensor, column_of_target: Tensor) -> LocalLogits:
+        """The same logits with only the given local rows, in the given order (copies those rows).
+
+        Args:
+            rows: (R,) int64 local row numbers.
+            column_of_target: (N,) int64 column of each token's target in the new order; others
+                outside [0, R).
+        """
+        return replace(
+            self,
+            weight=self.weight.index_select(0, rows),
+            bias=None if self.bias is None else self.bias.index_select(0, rows),
+            target=column_of_target,
+            first_id=0,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogitGradient:
+    """What the backward pass needs per token to form G = d loss / d x.
+
+    G_nv = grad_n * (p_nv * (1 + 2 z_loss lse_n) - (1 - label_smoothing) [v = target_n] -
+    label_smoothing / vocab_size) with p_nv = exp(x_nv - max_n - log_sum_n).
+
+    Attributes:
+        grad: (N,) fp32/fp64 upstream gradient; exactly 0 for ignored tokens, whose row of G is
+            then exactly 0.
+        max_logit: (N,) maximum over the global vocabulary.
+        log_sum: (N,) log of the sum of exp(x - max) over the global vocabulary; NaN poisons the
+            token on purpose.
+        z_loss, label_smoothing: coefficients of the loss.
+        vocab_size: global vocabulary size.
+    """
+
+    grad: Tensor
+    max_logit: Tensor
+    log_sum: Tensor
+    z_loss: float
+    label_smoothing: float
+    vocab_size: int
+
+    @property
+    def onehot_weight(self) -> float:
+        return 1.0 - self.label_smoothing
+
+    @property
+    def uniform_weight(self) -> float:
+        return self.label_smoothing / self.vocab_size
+
+    def tokens(self, start: int, stop: int) -> LogitGradient:
+        return replace(
+            self,
+            grad=self.grad[start:stop],
+            max_logit=self.max_logit[start:stop],
+            log_sum=self.log_sum[start:stop],
+        )
+
+    def scaled(self, factor: Tensor) -> LogitGradient:
+        """The same with the upstream gradient times a 0-dim factor."""
+        return replace(self, grad=self.grad * factor)

@@ -1,0 +1,112 @@
+"""impl="torch": the tile functions in plain PyTorch, for any device and for reading.
+
+It computes one tile of logits at a time, as the Triton kernels do, and never (N, V) at once. fp16
+and bf16 tiles are multiplied in fp32, fp64 in fp64.
+
+Legend: N tokens, V vocabulary rows of this rank, D hidden size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cce_tp import stats
+from cce_tp.problem import LocalLogits, LogitGradient, statistics_dtype
+from cce_tp.stats import StatRows
+
+# Tokens and vocabulary rows per tile. The paper's filter decides per tile of this size.
+TILE_N = 128
+TILE_V = 256
+
+
+def _tiles(size: int, tile: int) -> list[tuple[int, int]]:
+    return [(start, min(start + tile, size)) for start in range(0, size, tile)]
+
+
+def _logits_tile(logits: LocalLogits) -> Tensor:
+    """x = cap(scale * (E C^T + bias)), the whole rectangle of `logits`, in fp32 or fp64."""
+    dtype = statistics_dtype(logits.input.dtype)
+    x_NV = logits.input.to(dtype) @ logits.weight.to(dtype).t()
+    if logits.bias is not None:
+        x_NV = x_NV + logits.bias.to(dtype)
+    if logits.logit_scale != 1.0:
+        x_NV *= logits.logit_scale
+    if logits.logit_softcap is not None:
+        x_NV = (x_NV / logits.logit_softcap).tanh_() * logits.logit_softcap
+    return x_NV
+
+
+def _is_target(logits: LocalLogits) -> Tensor:
+    columns_V = torch.arange(logits.weight.shape[0], device=logits.target.device)
+    return columns_V == (logits.target - logits.first_id)[:, None]
+
+
+def _tile_statistics(logits: LocalLogits, rows: StatRows) -> Tensor:
+    x_NV = _logits_tile(logits)
+    max_N = x_NV.amax(dim=1)
+    base_N = torch.where(max_N == -torch.inf, 0.0, max_N)
+    shifted_NV = x_NV - base_N[:, None]
+    exp_NV = shifted_NV.exp()
+    packed = [max_N, exp_NV.sum(dim=1), torch.where(_is_target(logits), x_NV, 0.0).sum(dim=1)]
+    if rows.logit_sum:
+        packed.append(x_NV.sum(dim=1))
+    if rows.entropy:
+        packed.append(torch.where(exp_NV > 0, exp_NV * shifted_NV, 0.0).sum(dim=1))
+    if rows.argmax:
+        packed.append(stats.pack_ids(x_NV.argmax(dim=1) + logits.first_id, x_NV.dtype))
+    return torch.stack(packed)
+
+
+def statistics(logits: LocalLogits, rows: StatRows, workspace_bytes: int) -> Tensor:
+    """Packed (rows, N) statistics of this rank's logits. See
+    `cce_tp.kernels.forward.statistics`."""
+    num_tokens, vocab, _ = logits.shape
+    dtype = statistics_dtype(logits.input.dtype)
+    merged = stats.empty_statistics(num_tokens, rows, like=logits.input, dtype=dtype)
+    for n0, n1 in _tiles(num_tokens, TILE_N):
+        block = logits.tokens(n0, n1)
+        for v0, v1 in _tiles(vocab, TILE_V):
+            tile = _tile_statistics(block.columns(v0, v1), rows)
+            merged[:, n0:n1] = stats.merge(torch.stack([merged[:, n0:n1], tile]), rows)
+    return merged
+
+
+def tile_bytes(logits: LocalLogits) -> int:
+    """Bytes of temporaries of one gradient tile: a few fp32 (fp64) tiles and copies of 16-bit
+    operands."""
+    wide = statistics_dtype(logits.input.dtype)
+    copies = logits.input.dtype != wide
+    return wide.itemsize * (4 * TILE_N * TILE_V + copies * (TILE_N + TILE_V) * logits.shape[2])
+
+
+def _gradient_tile(logits: LocalLogits, upstream: LogitGradient, eps: float | None) -> Tensor:
+    x_NV = _logits_tile(logits)
+    g_NV = (x_NV - upstream.max_logit[:, None]).sub_(upstream.log_sum[:, None]).exp_()
+    if upstream.z_loss != 0:
+        lse_N = upstream.max_logit + upstream.log_sum
+        g_NV *= (1 + 2 * upstream.z_loss * lse_N)[:, None]
+    g_NV -= upstream.uniform_weight
+    g_NV -= upstream.onehot_weight * _is_target(logits).to(g_NV.dtype)
+    if logits.logit_softcap is not None:
+        g_NV *= 1 - (x_NV / logits.logit_softcap).square_()
+    # A masked token has gradient exactly 0 even where its logits are not finite.
+    g_NV.masked_fill_(upstream.grad[:, None] == 0, 0.0)
+    if eps is not None and bool((g_NV.abs() < eps).all()):
+        return g_NV.zero_()
+    return g_NV.mul_(logits.logit_scale * upstream.grad[:, None])
+
+
+def grad_logits(
+    logits: LocalLogits, upstream: LogitGradient, out_NV: Tensor, eps: float | None
+) -> None:
+    """Write the gradient of E C^T, logit_scale included, into `out_NV`; dropped tiles are zeros.
+
+    Returns None: with no list of kept tiles the caller takes dense products.
+    """
+    num_tokens, vocab, _ = logits.shape
+    for n0, n1 in _tiles(num_tokens, TILE_N):
+        block, upstream_block = logits.tokens(n0, n1), upstream.tokens(n0, n1)
+        for v0, v1 in _tiles(vocab, TILE_V):
+            tile = _gradient_tile(block.columns(v0, v1), upstream_block, eps)
+            out_NV[n0:n1, v0:v1] = tile

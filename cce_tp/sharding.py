@@ -1,0 +1,287 @@
+"""Who owns which rows of the vocabulary, and every collective of the library.
+
+Forward: one all-gather of the packed per-token statistics, merged in rank order, so that all
+ranks hold the same bits. Backward, its counterpart: one all-reduce (sum) of dE. Nothing else in
+`cce_tp` calls torch.distributed.
+
+Legend: N tokens, V_local vocabulary rows of this rank, W ranks of the group.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from cce_tp import stats
+from cce_tp.stats import StatRows
+
+
+def debug_enabled() -> bool:
+    """Whether CCE_TP_DEBUG=1 asks for a handshake and a check of the targets at every call."""
+    return os.environ.get("CCE_TP_DEBUG", "0") == "1"
+
+
+@dataclass(slots=True)
+class _Group:
+    """A process group that some VocabShard names, and what its ranks have already agreed on."""
+
+    group: dist.ProcessGroup
+    agreed: set[str] = field(default_factory=set)
+
+
+# Operators take a group by name (torch.library has no process-group type).
+_groups: dict[str, _Group] = {}
+
+
+def _register(group: dist.ProcessGroup) -> str:
+    name = group.group_name
+    known = _groups.get(name)
+    if (
+        known is None or known.group is not group
+    ):  # names are used again after destroy_process_group
+        _groups[name] = _Group(group)
+    return name
+
+
+def _require_member(group: object) -> None:
+    if not isinstance(group, dist.ProcessGroup):  # new_group gives others than its members no group
+        raise ValueError(f"group: expected a ProcessGroup that this rank is in, got {group!r}")
+    if dist.get_rank(group) < 0:
+        raise ValueError("group: expected a ProcessGroup that this rank is in, got another one")
+
+
+def _entry(name: str) -> _Group:
+    if name not in _groups:
+        # A shard that torch.compile made while tracing (of a DTensor) has not registered its
+        # group yet.
+        # Looked up as functional collectives do; torch has no public function for it.
+        resolve: Any = getattr(dist.distributed_c10d, "_resolve_process_group")  # noqa: B009
+        _register(resolve(name))
+    return _groups[name]
+
+
+@dataclass(frozen=True, slots=True)
+class VocabShard:
+    """The rows [start, stop) of a global vocabulary that this rank's weight holds.
+
+    Attributes:
+        start, stop: global ids; may be equal (an empty shard).
+        vocab_size: global vocabulary size V. Shards of the group must tile [0, V) without gap or
+            overlap, in any order of ranks; they may be uneven. Padding rows count as rows of the
+            vocabulary.
+        group: process group over which the vocabulary is split; any subset of ranks. None: no
+            group, and the shard is the whole vocabulary.
+        reduce_input_grad: sum dE over the group (all-reduce in dE's dtype). False leaves each
+            rank's partial sum, for callers that reduce it themselves (a reduce-scatter under
+            sequence parallelism).
+
+    Raises:
+        ValueError: bounds that are not 0 <= start <= stop <= vocab_size with vocab_size >= 1, or
+            a part of the vocabulary without a group.
+    """
+
+    start: int
+    stop: int
+    vocab_size: int
+    group: dist.ProcessGroup | None = None
+    reduce_input_grad: bool = field(default=True, kw_only=True)
+    group_name: str = field(init=False, repr=False, default="")
+
+    def __post_init__(self) -> None:
+        for name in ("start", "stop", "vocab_size"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name}: expected an int, got {value!r}")
+        if not 1 <= self.vocab_size < 2**31:
+            raise ValueError(f"vocab_size: expected 1 <= vocab_size < 2**31, got {self.vocab_size}")
+        if not 0 <= self.start <= self.stop <= self.vocab_size:
+            raise ValueError(
+                "start, stop: expected 0 <= start <= stop <= vocab_size, got "
+                f"start={self.start}, stop={self.stop}, vocab_size={self.vocab_size}"
+            )
+        if self.group is None:
+            if (self.start, self.stop) != (0, self.vocab_size):
+                raise ValueError(
+                    "group: part of a vocabulary needs a process group, got None for "
+                    f"rows [{self.start}, {self.stop}) of {self.vocab_size}"
+                )
+            return
+        _require_member(self.group)
+        object.__setattr__(self, "group_name", _register(self.group))
+
+    def __deepcopy__(self, memo: object) -> VocabShard:
+        # A process group cannot be copied, and a shard cannot change: a copied model shares it.
+        return self
+
+    @property
+    def num_rows(self) -> int:
+        """Rows on this rank."""
+        return self.stop - self.start
+
+    @classmethod
+    def even(cls, vocab_size: int, group: dist.ProcessGroup | None = None) -> VocabShard:
+        """Contiguous shards in group-rank order whose sizes differ by at most one. No
+        communication."""
+        if group is None:
+            return cls(0, vocab_size, vocab_size)
+        _require_member(group)
+        world, rank = group.size(), group.rank()
+        base, extra = divmod(vocab_size, world)
+        start = rank * base + min(rank, extra)
+        return cls(start, start + base + (rank < extra), vocab_size, group)
+
+    @classmethod
+    def from_rows(cls, local_rows: int, group: dist.ProcessGroup | None = None) -> VocabShard:
+        """Contiguous shards in group-rank order from each rank's own row count.
+
+        A collective: every rank of the group must call it (the counts are gathered once, on the
+            host).
+
+        Args:
+            local_rows: rows this rank's weight holds; ranks may differ, and may hold none.
+        """
+        problem = None
+        if isinstance(local_rows, bool) or not isinstance(local_rows, int) or local_rows < 0:
+            problem = f"local_rows: expected an int >= 0, got {local_rows!r}"
+        if group is None:
+            if problem is not None:
+                raise ValueError(problem)
+            return cls(0, local_rows, local_rows)
+        _require_member(group)
+        answers: list[tuple[int, str | None]] = [(0, None)] * group.size()
+        dist.all_gather_object(answers, (local_rows, problem), group=group)
+        _raise_problems([message for _, message in answers])
+        counts = [count for count, _ in answers]
+        start = sum(counts[: group.rank()])
+        return cls(start, start + local_rows, sum(counts), group)
+
+
+def _raise_problems(problems: list[str | None]) -> None:
+    """Raise the same ValueError on every rank if any rank of the group has a problem."""
+    found = [f"{text} (rank {rank} of the group)" for rank, text in enumerate(problems) if text]
+    if found:
+        raise ValueError("; ".join(dict.fromkeys(found)))
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What one rank brings to the handshake.
+
+    Attributes:
+        shard: (start, stop, vocab_size) of this rank.
+        terms: name=value pairs that must be equal on all ranks.
+        num_tokens: N of this call.
+        problem: text of a ValueError this rank found in its own arguments.
+    """
+
+    shard: tuple[int, int, int] | None
+    terms: str
+    num_tokens: int
+    problem: str | None = None
+
+
+# The numbers of a call that ranks must share, in the order in which an operator carries them.
+AGREED_NUMBERS = (
+    "input.shape[-1]",
+    "ignore_index",
+    "label_smoothing",
+    "z_loss",
+    "logit_scale",
+    "logit_softcap",
+    "grad_filter.eps",
+)
+
+
+def agreement_terms(vocab_size: int, terms: str, numbers: list[float]) -> str:
+    """The terms of an Agreement as one text, "name=value; name=value"."""
+    named = zip(AGREED_NUMBERS, numbers, strict=True)
+    values = "; ".join(f"{name}={value:.17g}" for name, value in named)
+    return f"vocab_shard.vocab_size={vocab_size}; {terms}; {values}"
+
+
+def _disagreement(offers: list[Agreement]) -> str | None:
+    """Why the offers of a group's ranks do not fit together, or None."""
+    first = offers[0].terms.split("; ")
+    for rank, offer in enumerate(offers[1:], start=1):
+        for mine, theirs in zip(first, offer.terms.split("; "), strict=True):
+            if mine != theirs:
+                name, _, value = mine.partition("=")
+                return (
+                    f"{name}: expected the same on every rank of the group, got {value} on rank 0 "
+                    f"and {theirs.partition('=')[2]} on rank {rank}"
+                )
+        if offer.num_tokens != offers[0].num_tokens:
+            return (
+                "input: expected the same number of tokens on every rank of the group, got "
+                f"{offers[0].num_tokens} on rank 0 and {offer.num_tokens} on rank {rank}"
+            )
+    shards = sorted(
+        (offer.shard, rank) for rank, offer in enumerate(offers) if offer.shard is not None
+    )
+    position, vocab_size = 0, shards[0][0][2]
+    for (start, stop, _), rank in shards:
+        if start != position and start != stop:
+            kind = "gap" if start > position else "overlap"
+            return (
+                f"vocab_shard: expected shards that tile [0, {vocab_size}), got a {kind} at id "
+                f"{min(start, position)}: rank {rank} holds [{start}, {stop})"
+            )
+        position = max(position, stop)
+    if position != vocab_size:
+        return (
+            f"vocab_shard: expected shards that tile [0, {vocab_size}), got no rank that holds ids "
+            f"[{position}, {vocab_size})"
+        )
+    return None
+
+
+def agree(group_name: str, offer: Agreement) -> None:
+    """Handshake: the first time the group meets these terms, check that all ranks mean the same
+    call.
+
+    A rank with a problem of its own takes part if the group has not agreed on anything yet (or in
+    debug mode), so that every rank raises; later it can only raise alone.
+
+    Raises:
+        ValueError: on every rank, naming the argument, what was expected and what came.
+    """
+    entry = _entry(group_name)
+    # The same on every rank, so that either all ranks or none take part: no rank's own bounds in
+    # it.
+    key = offer.terms
+    if not debug_enabled():
+        if offer.problem is None and key in entry.agreed:
+            return
+        if offer.problem is not None and entry.agreed:
+            raise ValueError(offer.problem)
+    offers: list[Agreement] = [offer] * entry.group.size()
+    dist.all_gather_object(offers, offer, group=entry.group)
+    _raise_problems([each.problem for each in offers])
+    problem = _disagreement(offers)
+    if problem is not None:
+        raise ValueError(problem)
+    entry.agreed.add(key)
+
+
+def merge_over_group(packed_RN: Tensor, rows: StatRows, group_name: str) -> Tensor:
+    """Join the ranks' packed statistics: one all-gather, merged in rank order on every rank.
+
+    Args:
+        packed_RN: (rows, N) of this rank's vocabulary rows.
+
+    Returns:
+        (rows, N) of the global vocabulary, the same bits on every rank.
+    """
+    group = _entry(group_name).group
+    gathered_WRN = packed_RN.new_empty((group.size(), *packed_RN.shape))
+    dist.all_gather(list(gathered_WRN.unbind(0)), packed_RN.contiguous(), group=group)
+    return stats.merge(gathered_WRN, rows)
+
+
+def sum_over_group(tensor: Tensor, group_name: str) -> None:
+    """All-reduce (sum) in place; pairs with the replicated `input` of the forward pass."""
+    dist.all_reduce(tensor, group=_entry(group_name).group)
