@@ -1,0 +1,153 @@
+"""Compile every Triton kernel for one GPU architecture, without a GPU. Run as a script by a test.
+
+    python tests/compile_kernels.py 90
+
+The library is called as users call it, on CPU tensors; in place of a launch, the kernel is
+compiled for the arguments it was given. Prints one line of JSON per kernel: name, dtype, variant,
+shared (bytes) or error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+import cce_tp
+from cce_tp import arguments
+from cce_tp.kernels import tuning
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EVERYTHING: dict[str, Any] = {
+    "label_smoothing": 0.1,
+    "z_loss": 1e-3,
+    "logit_scale": 2.0,
+    "logit_softcap": 30.0,
+    "return_stats": "entropy",
+    "grad_filter": cce_tp.GradFilter.paper(),
+}
+# dtype, hidden size, features, lowest capability. 255: odd strides, which descriptors cannot
+# address; architectures without them take the pointers' way at any size. "everything" has the
+# code of "plain" in it.
+CASES = (
+    ("bf16", 256, "plain", 80),
+    ("bf16", 256, "everything", 80),
+    ("bf16", 255, "everything", 90),
+    ("fp16", 256, "everything", 80),
+    ("fp32", 256, "everything", 80),
+)
+_TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+}
+
+
+def _type(value: Any) -> str:
+    """A kernel argument's type as Triton spells it in a signature."""
+    if isinstance(value, Tensor):
+        return "*" + _TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
+    if isinstance(value, float):
+        return "fp32"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    return "constexpr"
+
+
+class Compiler:
+    """Stands in for `JITFunction.run`: compiles instead of launching, each distinct kernel once."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+        self.done: set[str] = set()
+        self.results: list[dict[str, Any]] = []
+        self.label: dict[str, str] = {}
+
+    def run(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        names = [parameter.name for parameter in kernel.params]
+        options = {
+            "num_warps": kwargs.pop("num_warps", 4),
+            "num_stages": kwargs.pop("num_stages", 3),
+        }
+        values = {**dict(zip(names, args, strict=False)), **kwargs}
+        assert set(values) == set(names), f"{kernel.__name__}: {set(values) ^ set(names)}"
+        signature, constants, attributes = {}, {}, {}
+        for parameter in kernel.params:
+            value = values[parameter.name]
+            kind = "constexpr" if parameter.is_constexpr else _type(value)
+            specialize = not parameter.do_not_specialize
+            if specialize and isinstance(value, int) and not isinstance(value, bool) and value == 1:
+                kind = "constexpr"
+            signature[parameter.name] = kind
+            if kind == "constexpr":
+                constants[(parameter.num,)] = value
+            elif kind.startswith("*") or (kind.startswith("i") and specialize and value % 16 == 0):
+                attributes[(parameter.num,)] = [["tt.divisibility", 16]]
+        key = repr((kernel.__name__, signature, constants, attributes, options))
+        if key in self.done:
+            return
+        self.done.add(key)
+        result: dict[str, Any] = {"kernel": kernel.__name__, **self.label}
+        source = ASTSource(kernel, signature, constants, attributes)
+        try:
+            made = triton.compile(source, target=self.target, options=options)
+            result["shared"] = made.metadata.shared
+        except Exception as error:
+            result["error"] = f"{type(error).__name__}: {error}"[-2000:]
+        self.results.append(result)
+        print(json.dumps(result), flush=True)
+
+
+def call(dtype: torch.dtype, hidden: int, features: str) -> None:
+    """A call of the loss; "everything" launches every kernel."""
+    input = torch.zeros(512, hidden, dtype=dtype, requires_grad=True)
+    weight = torch.zeros(1024, hidden, dtype=dtype, requires_grad=True)
+    target = torch.zeros(512, dtype=torch.int64)
+    options: dict[str, Any] = {}
+    if features == "everything":
+        bias = torch.zeros(1024, dtype=dtype, requires_grad=True)
+        options = {**EVERYTHING, "linear_bias": bias}
+    answer = cce_tp.linear_cross_entropy(input, weight, target, impl="triton", **options)
+    (answer[0] if isinstance(answer, tuple) else answer).backward()
+
+
+def main(capability: int) -> None:
+    compiler = Compiler(capability)
+
+    def run(self: JITFunction, *args: Any, **kwargs: Any) -> None:
+        compiler.run(self, *args, **kwargs)
+
+    for name, hidden, features, lowest in CASES:
+        if capability < lowest:
+            continue
+        dtype = DTYPES[name]
+        config = tuning.tile_config(capability, dtype.itemsize)
+        descriptors = capability >= 90 and hidden == 256
+        kind = "descriptors" if descriptors else "pointers"
+        compiler.label = {"dtype": name, "variant": f"{features}-{kind}-{hidden}"}
+        with (
+            mock.patch.object(JITFunction, "run", run),
+            mock.patch.object(arguments, "_why_not_triton", lambda *_: None),
+            mock.patch.object(tuning, "config_for", lambda *_, c=config: (c, 128)),
+            mock.patch.object(tuning, "use_descriptors", lambda *_, d=descriptors: d),
+        ):
+            call(dtype, hidden, features)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,55 @@
+"""Fixtures and the parametrisation over implementations, dtypes and devices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Read by Triton when it is imported: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.pop("CCE_TP_DEBUG", None)
+
+import ranks
+from poison import poisoned_empty
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "no_poison: fresh memory keeps its contents in this test")
+    # Lanes that a kernel masks on storing may hold anything before: numpy warns of overflow.
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none here")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _poison(request: pytest.FixtureRequest) -> Iterator[None]:
+    if "no_poison" in request.keywords:
+        yield
+        return
+    with poisoned_empty():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread_per_core() -> None:
+    # Small problems: more threads only get into each other's way.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[ranks.RankPool]:
+    """Worker processes for 1 to 4 ranks, started when first used."""
+    pool = ranks.RankPool(device=ranks.default_device())
+    yield pool
+    pool.close()

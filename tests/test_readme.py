@@ -1,0 +1,45 @@
+"""The README's Python snippets run as they stand: on one rank, and on all four where they shard."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ranks import Rank, RankPool
+
+README = Path(__file__).parent.parent / "README.md"
+_BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SNIPPETS = _BLOCK.findall(README.read_text(encoding="utf-8")) if README.exists() else []
+
+
+def execute(rank: Rank, code: str) -> list[str]:
+    """Run the snippet beside a torch.distributed that is set up; the names with gradients."""
+    names: dict[str, object] = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    return sorted(name for name, each in names.items() if getattr(each, "grad", None) is not None)
+
+
+def test_there_are_snippets_for_one_rank_and_for_several() -> None:
+    assert README.exists()
+    sharded = ["VocabShard" in snippet for snippet in SNIPPETS]
+    assert True in sharded and False in sharded
+
+
+@pytest.mark.no_poison
+@pytest.mark.parametrize("number", range(len(SNIPPETS)))
+def test_snippet(pool: RankPool, number: int) -> None:
+    code = SNIPPETS[number]
+    sharded = "VocabShard" in code
+    answers = pool.run(
+        execute, code, group="world" if sharded else "1", poison=False, timeout_s=120
+    )
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0], "no tensor of the snippet has a gradient"
+
+
+def test_snippets_are_short() -> None:
+    for snippet in SNIPPETS:
+        lines = [line for line in snippet.splitlines() if line.strip()]
+        assert len(lines) <= 14, f"{len(lines)} lines:\n{snippet}"
