@@ -1,5 +1,4 @@
-"""Vocab-parallel Cut Cross-Entropy: linear + cross entropy without the logits, sharded over
-ranks."""
+"""Vocab-parallel Cut Cross-Entropy: linear + cross entropy that never stores the logits."""
 
 from cce_tp.filtering import GradFilter
 from cce_tp.loss import LinearCrossEntropyLoss, linear_cross_entropy

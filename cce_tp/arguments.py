@@ -31,8 +31,7 @@ ReturnStats = bool | Literal["entropy"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The keyword arguments of `linear_cross_entropy` that are not tensors. Checked on
-    construction.
+    """The arguments of `linear_cross_entropy` that are not tensors, checked on construction.
 
     Raises:
         ValueError: an argument outside its range, by name.

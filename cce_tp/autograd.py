@@ -98,8 +98,7 @@ def _global_statistics(
 def _loss_per_token(
     packed_RN: Tensor, log_sum_N: Tensor, valid_N: Tensor, options: LossOptions
 ) -> Tensor:
-    """lse - (1 - a) x_target - a mean(x) + z lse^2, with differences taken before sums (large
-    logits)."""
+    """lse - (1 - a) x_target - a mean(x) + z lse^2; differences come before sums."""
     max_N, target_N = packed_RN[StatRows.MAX], packed_RN[StatRows.TARGET]
     loss_N = log_sum_N + (max_N - target_N)
     if options.label_smoothing > 0:
@@ -129,8 +128,7 @@ def _unpack(
     )
 
 
-# Tensors that forward saves before the anchors: four operands, maximum, log of the sum, valid
-# tokens.
+# Tensors saved before the anchors: four operands, maximum, log of the sum, valid tokens.
 _NUM_SAVED = 7
 
 
@@ -178,8 +176,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         options: LossOptions,
         *anchors: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        """(N, D), (V_local, D), (V_local,), (N,) -> (N,) loss and, where asked for, the fields of
-        LossStats."""
+        """(N, D), (V_local, D), (V_local,), (N,) -> (N,) loss, and LossStats where asked for."""
         dtype = options.compute_dtype
         operands = (
             _row_major(input.to(dtype)),
@@ -222,8 +219,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
 
 def _gradients(ctx: Any, saved: tuple[Any, ...], grad_N: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of input, weight and bias; None for one that is not wanted or went to
-    grad_weight_out."""
+    """Gradients of input, weight and bias; None where not wanted or in grad_weight_out."""
     options: LossOptions = ctx.options
     *operands, max_N, log_sum_N, valid_N = saved
     into_out = ctx.grad_weight_out is not None and ctx.needs_input_grad[1]

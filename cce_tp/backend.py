@@ -11,8 +11,7 @@ from cce_tp.stats import StatRows
 
 
 class Backend(Protocol):
-    """Functions over a rectangle of one rank's logits. `kept` is the backend's own record of kept
-    tiles."""
+    """Functions over a rectangle of logits; `kept` is the backend's own record of tiles."""
 
     def statistics(self, logits: LocalLogits, rows: StatRows, workspace_bytes: int) -> Tensor: ...
 

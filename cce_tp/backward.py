@@ -50,8 +50,7 @@ class _Strip:
     rows: Tensor | None
 
     def store(self, sink: Tensor, value: Tensor, *, accumulate: bool) -> None:
-        """sink[rows of the strip] = or += value (which it may overwrite); every row has one
-        writer."""
+        """sink[rows of the strip] = or += value, which it may overwrite."""
         if self.rows is None:
             part = sink[self.start : self.stop]
             part.add_(value) if accumulate else part.copy_(value)
@@ -259,8 +258,7 @@ class _BackwardPass:
 def _into_range(
     logits: LocalLogits, upstream: LogitGradient
 ) -> tuple[LogitGradient, Tensor | None]:
-    """Scale fp16's upstream gradient by a power of two so that G uses fp16's range; the inverse
-    factor.
+    """Scale fp16's upstream gradient by a power of two into range; and the inverse factor.
 
     G is about grad / N, which fp16 would flush to zero. The largest |G| possible goes to about
     2^14; the factor stays on the device (no host sync)."""

@@ -1,5 +1,4 @@
-"""Which part of the logits' gradient the backward pass may leave out, and in which order it walks
-the vocabulary."""
+"""What the backward pass may leave out, and in which order it walks the vocabulary."""
 
 from __future__ import annotations
 
@@ -60,8 +59,8 @@ class GradFilter:
 
         The vocabulary is sorted by average logit inside each shard, and tiles in which every
         element of the logits' gradient is below `eps` are left out of both dE and dC. What is
-        left out mostly has one sign, so dE's error is far larger than eps suggests (about 2e-2 on
-        a trained model)."""
+        left out mostly has one sign, so dE's error adds up to far more than eps suggests.
+        """
         return cls("paper", eps=eps)
 
     @classmethod

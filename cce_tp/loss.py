@@ -80,10 +80,9 @@ def linear_cross_entropy(
     """Cross entropy of `input @ linear_weight.T` against `target`, without storing the logits.
 
     With y = logit_scale * (input @ linear_weight.T + linear_bias) and x = softcap * tanh(y /
-    softcap), the loss of a token is lse(x) - (1 - a) x[target] - a mean(x) + z_loss * lse(x)^2, a
-    being label_smoothing and
-    lse, mean taken over the global vocabulary (natural logarithm). Method: arXiv 2411.09009; soft
-    cap: arXiv 2408.00118; z-loss: arXiv 2204.02311.
+    softcap), the loss of a token is lse(x) - (1 - a) x[target] - a mean(x) + z_loss * lse(x)^2,
+    where a is label_smoothing and lse and mean go over the global vocabulary (natural logarithm).
+    Method: arXiv 2411.09009; soft cap: arXiv 2408.00118; z-loss: arXiv 2204.02311.
 
     Under a group, every rank calls this with the same `input`, `target` and options and its own
     rows of the weight. All ranks get the same bits of the loss and of `input`'s gradient; the
@@ -169,8 +168,7 @@ def linear_cross_entropy(
 
 
 class LinearCrossEntropyLoss(nn.Module):
-    """`linear_cross_entropy` with its options fixed; the weight is passed to forward (tied
-    embeddings).
+    """`linear_cross_entropy` with fixed options; the weight is passed to forward.
 
     Args:
         vocab_shard: as in `linear_cross_entropy`.

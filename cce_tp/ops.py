@@ -1,5 +1,4 @@
-"""torch.library operators: what torch.compile sees as opaque steps, with their fake
-implementations.
+"""torch.library operators, opaque to torch.compile, with their fake implementations.
 
 Operators exchange tensors and plain numbers only, so each one rebuilds the objects of
 `cce_tp.problem` from its arguments, which come in the order of its schema. They know nothing of
@@ -70,8 +69,7 @@ def _budget(workspace_bytes: int | None, logits: LocalLogits, vocab_size: int) -
 
 
 def _settings_of(tensor: Tensor) -> ExitStack:
-    """What an operator runs under: no autocast, which would redo its casts, and the tensor's
-    device."""
+    """An operator runs on the tensor's device and without autocast, which would redo casts."""
     stack = ExitStack()
     if torch.is_autocast_enabled(tensor.device.type):
         stack.enter_context(torch.autocast(tensor.device.type, enabled=False))

@@ -19,8 +19,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalLogits:
-    """Everything that defines the logits of some tokens against some rows of this rank. Nothing
-    is computed.
+    """What defines the logits of some tokens against some rows; nothing is computed.
 
     Attributes:
         input: (N, D) hidden states, last dim contiguous.

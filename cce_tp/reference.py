@@ -59,8 +59,7 @@ def _tile_statistics(logits: LocalLogits, rows: StatRows) -> Tensor:
 
 
 def statistics(logits: LocalLogits, rows: StatRows, workspace_bytes: int) -> Tensor:
-    """Packed (rows, N) statistics of this rank's logits. See
-    `cce_tp.kernels.forward.statistics`."""
+    """Packed (rows, N) statistics of this rank's logits, as `kernels.forward.statistics`."""
     num_tokens, vocab, _ = logits.shape
     dtype = statistics_dtype(logits.input.dtype)
     merged = stats.empty_statistics(num_tokens, rows, like=logits.input, dtype=dtype)
@@ -73,8 +72,7 @@ def statistics(logits: LocalLogits, rows: StatRows, workspace_bytes: int) -> Ten
 
 
 def tile_bytes(logits: LocalLogits) -> int:
-    """Bytes of temporaries of one gradient tile: a few fp32 (fp64) tiles and copies of 16-bit
-    operands."""
+    """Temporaries of one gradient tile: a few wide tiles and copies of 16-bit operands."""
     wide = statistics_dtype(logits.input.dtype)
     copies = logits.input.dtype != wide
     return wide.itemsize * (4 * TILE_N * TILE_V + copies * (TILE_N + TILE_V) * logits.shape[2])

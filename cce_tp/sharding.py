@@ -56,9 +56,8 @@ def _require_member(group: object) -> None:
 
 def _entry(name: str) -> _Group:
     if name not in _groups:
-        # A shard that torch.compile made while tracing (of a DTensor) has not registered its
-        # group yet.
-        # Looked up as functional collectives do; torch has no public function for it.
+        # A shard that torch.compile made while tracing (of a DTensor) has not registered its group
+        # yet. Functional collectives look it up so; torch has no public function for it.
         resolve: Any = getattr(dist.distributed_c10d, "_resolve_process_group")  # noqa: B009
         _register(resolve(name))
     return _groups[name]
@@ -124,8 +123,7 @@ class VocabShard:
 
     @classmethod
     def even(cls, vocab_size: int, group: dist.ProcessGroup | None = None) -> VocabShard:
-        """Contiguous shards in group-rank order whose sizes differ by at most one. No
-        communication."""
+        """Contiguous shards in group-rank order, sizes differing by one at most; no collective."""
         if group is None:
             return cls(0, vocab_size, vocab_size)
         _require_member(group)
@@ -240,8 +238,7 @@ def _disagreement(offers: list[Agreement]) -> str | None:
 
 
 def agree(group_name: str, offer: Agreement) -> None:
-    """Handshake: the first time the group meets these terms, check that all ranks mean the same
-    call.
+    """Handshake: when the group first meets these terms, check that all ranks mean one call.
 
     A rank with a problem of its own takes part if the group has not agreed on anything yet (or in
     debug mode), so that every rank raises; later it can only raise alone.

@@ -18,8 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class StatRows:
-    """Which optional statistics a call computes, and where each one sits in the packed (rows, N)
-    tensor.
+    """The optional statistics of a call, and where each sits in the packed (rows, N) tensor.
 
     Rows 0 to 2 are always there: the maximum logit m, the sum of exp(x - m), and the target's logit
     (0 where the target is not among the rows seen).

@@ -17,12 +17,12 @@ MIB = 1 << 20
 MIN_WORKSPACE_BYTES = 1 * MIB
 _DEFAULT_FLOOR_BYTES = 16 * MIB
 _DEFAULT_SHARE = 0.05
-# Wider strips than this gain nothing (measured: 2%), narrower ones waste the products' tiles.
+# Forward and backward at 8192 x 2304 x 256000 on an H200: 4.2 gemm with strips of 8192 rows, 4.3
+# with 4096, 4.5 with 2048 (spread 2%).
 _WIDEST_STRIP = 8192
 _STRIP_STEP = 256
 _TOKEN_STEP = 128
-# Below this width the products run so badly that a second recomputation is the better use of
-# memory.
+# Below this width the products are so slow that memory is better spent on a second recomputation.
 _NARROWEST_GOOD_STRIP = 512
 # Vectors of one number per token (statistics, losses, their intermediate values) that live beside
 # the buffers.

@@ -1,2 +1,1 @@
-"""Triton kernels. Importing this package imports Triton; nothing here knows of ranks or
-autograd."""
+"""Triton kernels; importing them imports Triton. They know nothing of ranks or autograd."""

@@ -70,8 +70,7 @@ def grad_logits_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
-    """out is (N, V) in the inputs' dtype; kept_ptr is (token blocks, vocabulary tiles) int32,
-    FILTER only."""
+    """out: (N, V), inputs' dtype; kept_ptr: (token blocks, tiles) int32, FILTER only."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_v = tl.cdiv(V, BLOCK_V)
     for tile in tl.range(tl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS, flatten=True):

@@ -120,8 +120,7 @@ def target_logit_kernel(
 ):
     """out_ptr (N,) fp32: the logit of each token's target, 0 where it is not among these rows.
 
-    One dot product per token. Searching the logits tiles for it would cost a pass over every
-    element."""
+    One dot product per token; to search the logits tiles for it would cost a pass over them."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = target_column(target_ptr, rows, N, first_id, V)
     here = column >= 0
@@ -155,8 +154,7 @@ def merge_tiles_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """(T, ROWS, N) tile statistics to the packed (ROWS + 1, N) of `cce_tp.stats`: `stats.merge`,
-    streamed."""
+    """`stats.merge`, streamed: (T, ROWS, N) tile statistics to packed (ROWS + 1, N)."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = rows < N
     stride_tile = ROWS * N

@@ -1,5 +1,4 @@
-"""Host side of a kernel launch: the arguments that every kernel over logits takes, made in one
-place."""
+"""Host side of a launch: the arguments that every kernel over logits takes."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ from cce_tp.problem import LocalLogits
 def matrix_argument(
     matrix: Tensor, block_rows: int, block_cols: int, descriptor: bool
 ) -> Tensor | TensorDescriptor:
-    """A row-major matrix as `cce_tp.kernels.tile` takes it: a pointer, or a descriptor of its
-    tiles."""
+    """A row-major matrix as `kernels.tile` takes it: a pointer, or a descriptor of tiles."""
     if not descriptor:
         return matrix
     return TensorDescriptor(
@@ -25,8 +23,7 @@ def matrix_argument(
 
 
 def logits_arguments(logits: LocalLogits) -> dict[str, Any]:
-    """Keyword arguments of every kernel that computes logits: sizes, strides, bias, scale and
-    cap."""
+    """Arguments of every kernel that computes logits: sizes, strides, bias, scale, cap."""
     num_tokens, vocab, hidden = logits.shape
     return {
         "bias_ptr": logits.bias,
@@ -44,8 +41,7 @@ def logits_arguments(logits: LocalLogits) -> dict[str, Any]:
 
 
 def tiling_arguments(logits: LocalLogits, descriptor: bool) -> dict[str, Any]:
-    """Keyword arguments of a kernel that walks all tiles of `logits`: operands and tile
-    configuration."""
+    """Arguments of a kernel that walks all tiles of `logits`: operands and tile sizes."""
     config, programs = tuning.config_for(logits.input)
     return {
         "input": matrix_argument(logits.input, config.block_n, config.block_d, descriptor),

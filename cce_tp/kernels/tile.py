@@ -83,13 +83,11 @@ def dot_tile(
     B_DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One fp32 output tile of A B: rows a_start.., columns b_start.., the only matmul loop of the
-    project.
+    """One fp32 output tile of A B at (a_start, b_start): the only matmul loop of the project.
 
     A is (M, K), or stored as (K, M) with A_KM; B is (K, N), or stored as (N, K) with B_NK. With
-    WORK_K = 0 the loop runs over all of K. Otherwise only over `work_count` blocks of WORK_K,
-    whose
-    numbers are in `worklist`: the block-sparse products of the filtered backward pass.
+    WORK_K = 0 the loop runs over all of K; otherwise over `work_count` blocks of WORK_K alone,
+    whose numbers are in `worklist`: the block-sparse products of the filtered backward pass.
     """
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if WORK_K == 0:
@@ -176,8 +174,7 @@ def scale_and_cap(
 
 @triton.jit
 def target_column(target_ptr, rows, N, first_id, V):
-    """int32 column of each token's target in this launch, -1 where it is not here (or is no id at
-    all)."""
+    """int32 column of each token's target in this launch; -1 where it is not here, or no id."""
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
     column = target - first_id
     return tl.where((target >= 0) & (column >= 0) & (column < V), column, -1).to(tl.int32)
@@ -185,9 +182,11 @@ def target_column(target_ptr, rows, N, first_id, V):
 
 @triton.jit
 def grouped_block(tile, num_rows, num_cols, GROUP: tl.constexpr):
-    """(row block, column block) of a linear tile number: GROUP row blocks sweep the columns
-    together, so that a block of the classifier is used GROUP times while it is in the L2
-    cache."""
+    """(row block, column block) of a linear tile number.
+
+    GROUP row blocks sweep the columns together, so that a block of the classifier is used GROUP
+    times while it is in the L2 cache.
+    """
     per_group = GROUP * num_cols
     first_row = (tile // per_group) * GROUP
     group_rows = tl.minimum(num_rows - first_row, GROUP)

@@ -78,8 +78,7 @@ def config_for(tensor: Tensor) -> tuple[TileConfig, int]:
 
 
 def use_descriptors(*matrices: Tensor) -> bool:
-    """Whether the tensor memory accelerator can address the matrices: hardware, alignment,
-    strides."""
+    """Whether the tensor memory accelerator exists and can address the matrices."""
     if not is_interpreted():
         capability, _ = _device_properties(matrices[0].device.index or 0)
         if capability < 90:
