@@ -110,9 +110,8 @@ def plan_backward(sizes: BackwardSizes, workspace_bytes: int) -> BackwardPlan:
     """
     available = for_buffers(workspace_bytes, sizes.tokens)
     available -= min(sizes.fixed, 3 * available // 4)
-    # A quarter of the vocabulary at most: however small the problem, nothing is as large as its
-    # logits.
-    widest = min(_WIDEST_STRIP, max(16, -(-sizes.vocab // 64) * 16), sizes.vocab)
+    # Half of the vocabulary at most: however small the problem, nothing is as large as its logits.
+    widest = min(_WIDEST_STRIP, max(16, -(-sizes.vocab // 32) * 16), sizes.vocab)
     good = min(_NARROWEST_GOOD_STRIP, widest)
 
     def strip_for(chunk: int, room: int, row: int) -> int:
