@@ -136,8 +136,7 @@ class VocabShard:
     def from_rows(cls, local_rows: int, group: dist.ProcessGroup | None = None) -> VocabShard:
         """Contiguous shards in group-rank order from each rank's own row count.
 
-        A collective: every rank of the group must call it (the counts are gathered once, on the
-            host).
+        A collective: every rank of the group must call it. The counts are gathered on the host.
 
         Args:
             local_rows: rows this rank's weight holds; ranks may differ, and may hold none.
@@ -241,20 +240,19 @@ def agree(group_name: str, offer: Agreement) -> None:
     """Handshake: when the group first meets these terms, check that all ranks mean one call.
 
     A rank with a problem of its own takes part if the group has not agreed on anything yet (or in
-    debug mode), so that every rank raises; later it can only raise alone.
+    debug mode), so that every rank raises; later nothing is exchanged, and the caller raises alone.
 
     Raises:
         ValueError: on every rank, naming the argument, what was expected and what came.
     """
     entry = _entry(group_name)
-    # The same on every rank, so that either all ranks or none take part: no rank's own bounds in
-    # it.
+    # No rank's own bounds in it: the same on all ranks, so that either all take part or none.
     key = offer.terms
     if not debug_enabled():
         if offer.problem is None and key in entry.agreed:
             return
         if offer.problem is not None and entry.agreed:
-            raise ValueError(offer.problem)
+            return
     offers: list[Agreement] = [offer] * entry.group.size()
     dist.all_gather_object(offers, offer, group=entry.group)
     _raise_problems([each.problem for each in offers])
