@@ -68,8 +68,8 @@ def _budget(workspace_bytes: int | None, logits: LocalLogits, vocab_size: int) -
     return default_workspace_bytes(logits.input.shape[0], vocab_size)
 
 
-def _settings_of(tensor: Tensor) -> ExitStack:
-    """An operator runs on the tensor's device and without autocast, which would redo casts."""
+def _execution_context(tensor: Tensor) -> ExitStack:
+    """Run on the tensor's device and without autocast, which would redo casts."""
     stack = ExitStack()
     if torch.is_autocast_enabled(tensor.device.type):
         stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
@@ -81,7 +81,7 @@ def _settings_of(tensor: Tensor) -> ExitStack:
 def _statistics(*arguments: Any) -> Tensor:
     logits, (*flags, vocab_size, workspace_bytes, impl) = _split_logits(arguments)
     budget = _budget(workspace_bytes, logits, vocab_size)
-    with _settings_of(logits.input):
+    with _execution_context(logits.input):
         return backend(impl).statistics(logits, StatRows(*flags), budget)
 
 
@@ -108,7 +108,7 @@ def _merge_over_group(
         num_tokens=packed.shape[1],
     )
     sharding.agree(group, offer)
-    with _settings_of(packed):
+    with _execution_context(packed):
         return sharding.merge_over_group(packed, StatRows(logit_sum, entropy, argmax), group)
 
 
@@ -137,7 +137,7 @@ def _gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         accumulate_weight=grad_weight_out is not None,
     )
     budget = _budget(workspace_bytes, logits, upstream.vocab_size)
-    with _settings_of(logits.input):
+    with _execution_context(logits.input):
         gradients(backend(impl), logits, upstream, sinks, eps=eps, workspace_bytes=budget)
         if grad_bias is not None:
             made[2].copy_(grad_bias)

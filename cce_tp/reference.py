@@ -14,14 +14,11 @@ from torch import Tensor
 from cce_tp import stats
 from cce_tp.problem import LocalLogits, LogitGradient, statistics_dtype
 from cce_tp.stats import StatRows
+from cce_tp.workspace import blocks
 
 # Tokens and vocabulary rows per tile. The paper's filter decides per tile of this size.
 TILE_N = 128
 TILE_V = 256
-
-
-def _tiles(size: int, tile: int) -> list[tuple[int, int]]:
-    return [(start, min(start + tile, size)) for start in range(0, size, tile)]
 
 
 def _logits_tile(logits: LocalLogits) -> Tensor:
@@ -63,9 +60,9 @@ def statistics(logits: LocalLogits, rows: StatRows, workspace_bytes: int) -> Ten
     num_tokens, vocab, _ = logits.shape
     dtype = statistics_dtype(logits.input.dtype)
     merged = stats.empty_statistics(num_tokens, rows, like=logits.input, dtype=dtype)
-    for n0, n1 in _tiles(num_tokens, TILE_N):
+    for n0, n1 in blocks(num_tokens, TILE_N):
         block = logits.tokens(n0, n1)
-        for v0, v1 in _tiles(vocab, TILE_V):
+        for v0, v1 in blocks(vocab, TILE_V):
             tile = _tile_statistics(block.columns(v0, v1), rows)
             merged[:, n0:n1] = stats.merge(torch.stack([merged[:, n0:n1], tile]), rows)
     return merged
@@ -103,8 +100,8 @@ def grad_logits(
     Returns None: with no list of kept tiles the caller takes dense products.
     """
     num_tokens, vocab, _ = logits.shape
-    for n0, n1 in _tiles(num_tokens, TILE_N):
+    for n0, n1 in blocks(num_tokens, TILE_N):
         block, upstream_block = logits.tokens(n0, n1), upstream.tokens(n0, n1)
-        for v0, v1 in _tiles(vocab, TILE_V):
+        for v0, v1 in blocks(vocab, TILE_V):
             tile = _gradient_tile(block.columns(v0, v1), upstream_block, eps)
             out_NV[n0:n1, v0:v1] = tile
