@@ -61,7 +61,7 @@ make_environment() {
     rm -f "$stamp"
     rm -rf "$environment"
     "$python" -m venv "$environment" || fail "could not make a virtual environment"
-    local options=(--quiet --disable-pip-version-check --editable '.[megatron,test]')
+    local options=(--quiet --disable-pip-version-check --editable '.[megatron,launch,test]')
     if [[ -e $constraints ]]; then
         options+=(--constraint "$constraints")
     else

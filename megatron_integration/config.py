@@ -1,0 +1,146 @@
+"""Options of the fused output layer, and the command-line flags that set them."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+from cce_tp import GradFilter
+
+_FILTERS = ("exact", "paper", "far-field")
+_MIB = 2**20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CceConfig:
+    """How the output layer's loss is computed once `install` has put it in place.
+
+    Attributes:
+        grad_filter: GradFilter.exact() (default) or GradFilter.paper().
+        workspace_bytes: cap on temporaries of one head, in bytes, at least 1 MiB; None: 5% of
+            the global logits in bf16, at least 16 MiB.
+        strict: materialising the logits of a head in training mode is a RuntimeError instead of
+            one warning.
+
+    Raises:
+        ValueError: a value outside its range, or a filter that does not exist yet.
+    """
+
+    grad_filter: GradFilter = GradFilter.exact()  # noqa: RUF009 (frozen)
+    workspace_bytes: int | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.grad_filter, GradFilter):
+            raise ValueError(f"grad_filter: expected a GradFilter, got {self.grad_filter!r}")
+        if self.grad_filter.kind == "far-field":
+            raise ValueError(
+                "--cce-grad-filter (grad_filter): expected exact or paper, got far-field, which "
+                "is not available in this version"
+            )
+        size = self.workspace_bytes
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
+            raise ValueError(f"workspace_bytes: expected an int or None, got {size!r}")
+        if size is not None and size < _MIB:
+            raise ValueError(
+                "--cce-workspace-mb (workspace_bytes): expected at least 1 MiB, got "
+                f"{size / _MIB:g} MiB"
+            )
+
+    @classmethod
+    def from_args(cls, args: Any) -> CceConfig:
+        """Read the flags of `add_cce_arguments` from a parsed namespace.
+
+        Raises:
+            ValueError: flags that exclude each other, naming both.
+        """
+        if cce_requested(args):
+            _refuse_conflicts(args)
+        megabytes = getattr(args, "cce_workspace_mb", None)
+        return cls(
+            grad_filter=_filter_by_name(getattr(args, "cce_grad_filter", "exact")),
+            workspace_bytes=None if megabytes is None else int(megabytes * _MIB),
+            strict=getattr(args, "cce_strict", False),
+        )
+
+
+def _filter_by_name(name: str) -> GradFilter:
+    if name == "paper":
+        return GradFilter.paper()
+    if name == "far-field":
+        return GradFilter.far_field()
+    if name != "exact":
+        raise ValueError(f"--cce-grad-filter: expected one of {', '.join(_FILTERS)}, got {name!r}")
+    return GradFilter.exact()
+
+
+def _refuse_conflicts(args: Any) -> None:
+    for option in ("logits_save_dir", "logits_load_dir"):
+        if getattr(args, option, None):
+            raise ValueError(
+                f"--{option.replace('_', '-')}: expected not to be set together with --cce, got "
+                f"{getattr(args, option)!r}: distillation needs the logits, which --cce never makes"
+            )
+    other = getattr(args, "cross_entropy_fusion_impl", None)
+    if getattr(args, "cross_entropy_loss_fusion", False) and other != "cce":
+        raise ValueError(
+            "--cross-entropy-loss-fusion: expected not to be set together with --cce, got both: "
+            "each replaces the loss of the output layer; drop one"
+        )
+
+
+def cce_requested(args: Any) -> bool:
+    """True for `--cce`, or its other name `--cross-entropy-fusion-impl cce`."""
+    if getattr(args, "cce", False):
+        return True
+    return getattr(args, "cross_entropy_fusion_impl", None) == "cce"
+
+
+def add_cce_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the `--cce` group to Megatron's parser; usable as its `extra_args_provider`.
+
+    Where the parser knows `--cross-entropy-fusion-impl`, that option accepts `cce` as another
+    name for `--cce`. Megatron itself must not see that value: take it back after parsing with
+    `take_alias`.
+    """
+    group = parser.add_argument_group("cut cross-entropy")
+    group.add_argument(
+        "--cce", action="store_true", help="fuse output layer and loss; never make the logits"
+    )
+    group.add_argument(
+        "--cce-grad-filter",
+        choices=_FILTERS,
+        default="exact",
+        help="what the backward pass may leave out (default: exact)",
+    )
+    group.add_argument(
+        "--cce-workspace-mb",
+        type=float,
+        default=None,
+        metavar="MIB",
+        help="cap on temporaries of one head, in MiB (default: 5%% of the bf16 logits)",
+    )
+    group.add_argument(
+        "--cce-strict",
+        action="store_true",
+        help="logits that something materialises in training are an error, not a warning",
+    )
+    for action in parser._actions:
+        if "--cross-entropy-fusion-impl" in action.option_strings and action.choices is not None:
+            choices = list(action.choices)
+            action.choices = choices if "cce" in choices else [*choices, "cce"]
+    return parser
+
+
+def take_alias(args: Any, default: str = "native") -> Any:
+    """Turn `--cross-entropy-fusion-impl cce` into `--cce`, so that Megatron sees its own values.
+
+    Stock code that is reached with an unknown implementation fails with UnboundLocalError.
+    Returns the same namespace.
+    """
+    if getattr(args, "cross_entropy_fusion_impl", None) == "cce":
+        args.cce = True
+        args.cross_entropy_fusion_impl = default
+        args.cross_entropy_loss_fusion = False
+    return args

@@ -1,0 +1,133 @@
+"""The fused output layer and loss of one head: Megatron's layer in terms of `cce_tp`.
+
+Legend: s sequence length (global), b micro batch, h hidden size, tp tensor-parallel ranks,
+V padded global vocabulary, V_local = V / tp rows of this rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from cce_tp import LossStats, VocabShard, linear_cross_entropy
+from megatron_integration.config import CceConfig
+from megatron_integration.main_grad import weight_and_sink
+
+_IGNORED = -100
+
+
+@dataclass(slots=True, kw_only=True)
+class HeadCall:
+    """One call of a ColumnParallelLinear that serves as output layer, and how it was meant.
+
+    Attributes:
+        layer: the ColumnParallelLinear.
+        input: (s, b, h), or (s / tp, b, h) under sequence parallelism.
+        weight: (V_local, h) the weight of this call (its own, or a tied embedding's).
+        sequence_parallel: as the layer had it when it was called.
+        scale: factor on the logits (MuP).
+    """
+
+    layer: Any
+    input: Tensor
+    weight: Tensor
+    sequence_parallel: bool
+    scale: float = 1.0
+
+    @property
+    def group(self) -> Any:
+        """Tensor-parallel process group, or None for one rank."""
+        group = self.layer.tp_group
+        return group if group is not None and group.size() > 1 else None
+
+    @property
+    def shard(self) -> VocabShard:
+        """This rank's rows; dE is summed by the loss unless somebody else does it."""
+        rows, vocab_size = self.layer.output_size_per_partition, self.layer.output_size
+        if self.group is None:
+            return VocabShard(0, rows, rows)
+        start = self.group.rank() * rows
+        return VocabShard(
+            start,
+            start + rows,
+            vocab_size,
+            self.group,
+            reduce_input_grad=not self.sequence_parallel and not self.layer.disable_grad_reduce,
+        )
+
+    def shape(self) -> torch.Size:
+        """(s, b, V_local) of the logits."""
+        tokens, batch, _ = self.input.shape
+        ranks = self.group.size() if self.sequence_parallel and self.group is not None else 1
+        return torch.Size((tokens * ranks, batch, self.layer.output_size_per_partition))
+
+
+def fused_loss(
+    call: HeadCall, labels: Tensor, config: CceConfig, *, return_stats: bool
+) -> tuple[Tensor, LossStats | None]:
+    """Cross entropy per token of one head.
+
+    Args:
+        call: the head.
+        labels: (b, s) int64 global ids; an id outside [0, V) gives zero loss and zero gradient.
+        config: options.
+        return_stats: also return LossStats, each (s, b).
+
+    Returns:
+        (b, s) fp32 contiguous, the same bits on every tensor-parallel rank; LossStats or None.
+    """
+    shard = call.shard
+    labels_sb = labels.transpose(0, 1).contiguous()
+    in_vocab = (labels_sb >= 0) & (labels_sb < shard.vocab_size)
+    labels_sb = torch.where(in_vocab, labels_sb, _IGNORED)
+    weight, sink = weight_and_sink(call.weight, call.layer.gradient_accumulation_fusion)
+    bias = None if call.layer.skip_bias_add else call.layer.bias
+    options: dict[str, Any] = {
+        "linear_bias": bias,
+        "ignore_index": _IGNORED,
+        "reduction": "none",
+        "logit_scale": call.scale,
+        "vocab_shard": shard,
+        "grad_filter": config.grad_filter,
+        "grad_weight_out": sink,
+        "return_stats": return_stats,
+        "workspace_bytes": config.workspace_bytes,
+    }
+    if call.sequence_parallel and call.group is not None:
+        hidden = gather_from_sequence_parallel_region(call.input, group=call.group)
+        with _regathered_in_backward(hidden, call.input, call.group):
+            result = linear_cross_entropy(hidden, weight, labels_sb, **options)
+    else:
+        result = linear_cross_entropy(call.input, weight, labels_sb, **options)
+    loss, stats = result if return_stats else (result, None)
+    return loss.transpose(0, 1).contiguous(), stats
+
+
+def _regathered_in_backward(gathered: Tensor, local: Tensor, group: Any) -> saved_tensors_hooks:
+    """Keep the rank's own (s / tp, b, h) part for backward, and gather again there.
+
+    Stock Megatron does the same: the gathered input is tp times larger and would stay alive from
+    the forward to the backward pass.
+    """
+    storage = gathered.untyped_storage().data_ptr()
+    local = local.detach()
+
+    def pack(tensor: Tensor) -> Any:
+        if tensor.untyped_storage().data_ptr() != storage or tensor.numel() == 0:
+            return tensor
+        return tensor.shape, tensor.dtype
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        shape, dtype = packed
+        with torch.no_grad():
+            whole = gather_from_sequence_parallel_region(local, group=group)
+        return whole.to(dtype).view(shape)
+
+    return saved_tensors_hooks(pack, unpack)
