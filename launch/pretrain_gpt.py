@@ -1,0 +1,172 @@
+"""Pretrain a GPT through `megatron.training.pretrain` of Megatron-core 0.19 or newer.
+
+For users who have Megatron's own arguments: those, and the `--cce` group.
+
+    torchrun --nproc-per-node 8 -m launch.pretrain_gpt --cce --tensor-model-parallel-size 8 ...
+
+`launch.pretrain` is the same for release 0.16, whose wheel has no megatron.training.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_integration import (
+    CceConfig,
+    add_cce_arguments,
+    cce_requested,
+    fused_count,
+    materialized_count,
+    pre_wrap_hook,
+    take_alias,
+)
+
+
+def main() -> None:
+    """Parse Megatron's arguments and train.
+
+    Raises:
+        SystemExit: megatron.training is not installed.
+        ValueError: arguments that exclude each other, or an option this entry does not handle.
+    """
+    if importlib.util.find_spec("megatron.training") is None:
+        raise SystemExit(
+            "launch.pretrain_gpt needs megatron.training, which the wheels of megatron-core 0.19 "
+            "and newer hold (Python 3.12); with an older release use launch.pretrain"
+        )
+    from megatron.core.enums import ModelType
+    from megatron.training import pretrain
+    from megatron.training.argument_utils import (
+        gpt_config_from_args,
+        pretrain_cfg_container_from_args,
+    )
+    from megatron.training.arguments import parse_and_validate_args
+
+    skip_building_helpers()
+    fused = _resolve_alias(sys.argv)
+    # Megatron divides by the interval even where no evaluation is asked for.
+    args = parse_and_validate_args(add_cce_arguments, args_defaults={"eval_interval": 1000})
+    model_config = gpt_config_from_args(args)
+    models: list[Any] = []
+    if fused or cce_requested(args):
+        config = CceConfig.from_args(take_alias(args))
+        _refuse_context_parallel(args)
+        model_config.pre_wrap_hooks.append(pre_wrap_hook(config))
+    model_config.pre_wrap_hooks.append(lambda chunks: (models.extend(chunks), chunks)[1])
+    _datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own
+    pretrain(
+        pretrain_cfg_container_from_args(args, model_config),
+        _datasets,
+        ModelType.encoder_or_decoder,
+        _forward_step,
+    )
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() == 0:
+        print(
+            f"cce: {fused_count(models)} fused losses, logits materialised "
+            f"{materialized_count(models)} times"
+        )
+
+
+def _resolve_alias(argv: list[str]) -> bool:
+    """Rewrite `--cross-entropy-fusion-impl cce` to `--cce` before Megatron's checks see it."""
+    for i, word in enumerate(argv):
+        if word == "--cross-entropy-fusion-impl=cce":
+            argv[i : i + 1] = ["--cce"]
+            return True
+        if word == "--cross-entropy-fusion-impl" and argv[i + 1 : i + 2] == ["cce"]:
+            argv[i : i + 2] = ["--cce"]
+            return True
+    return False
+
+
+def _refuse_context_parallel(args: Any) -> None:
+    if args.context_parallel_size > 1:
+        raise ValueError(
+            "--context-parallel-size: expected 1 with launch.pretrain_gpt, got "
+            f"{args.context_parallel_size}; use launch.pretrain"
+        )
+
+
+def skip_building_helpers() -> None:
+    """Keep Megatron from building its dataset helpers where they are built already.
+
+    The wheel ships the compiled helpers without the Makefile that Megatron runs at start, which
+    would end the first rank and leave the others in a barrier.
+    """
+    from megatron.core.datasets import utils
+
+    folder = os.path.dirname(os.path.abspath(utils.__file__))
+    if os.path.exists(os.path.join(folder, "Makefile")):
+        return
+    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is not None:
+        utils.compile_helpers = lambda: None
+
+
+def _datasets(num_samples: Any, vp_stage: int | None = None) -> Any:
+    """Megatron's dataset provider: (train, valid, test) sample counts -> three datasets."""
+    del vp_stage
+    from megatron.core.datasets.blended_megatron_dataset_builder import (
+        BlendedMegatronDatasetBuilder,
+    )
+    from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+    from megatron.training import get_args, get_tokenizer  # type: ignore[attr-defined]
+    from megatron.training.utils import (  # type: ignore[attr-defined]
+        get_blend_and_blend_per_split,
+    )
+
+    args = get_args()
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    config = GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        path_to_cache=args.data_cache_path,
+        mmap_bin_files=args.mmap_bin_files,
+        tokenizer=get_tokenizer(),
+        reset_position_ids=args.reset_position_ids,
+        reset_attention_mask=args.reset_attention_mask,
+        eod_mask_loss=args.eod_mask_loss,
+        create_attention_mask=True,
+    )
+    kind = MockGPTDataset if args.mock_data else GPTDataset
+    return BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build()
+
+
+def _forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> Any:
+    """Megatron's forward step: one micro batch -> (b, s) losses and how to sum them."""
+    batch = {
+        name: value.cuda(non_blocking=True)
+        for name, value in next(data_iterator).items()
+        if isinstance(value, Tensor)
+    }
+    loss = model(
+        batch["tokens"],
+        batch["position_ids"],
+        batch["attention_mask"],
+        labels=batch["labels"],
+        loss_mask=batch["loss_mask"],
+    )
+    return loss, partial(_sum_loss, batch["loss_mask"])
+
+
+def _sum_loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum over the tokens that count, their number, and both for the log."""
+    mask = loss_mask.reshape(-1).float()
+    total = (output.reshape(-1).float() * mask).sum()
+    tokens = mask.sum().to(torch.int)
+    report = torch.stack([total.detach(), tokens.to(torch.float32)])
+    return total, tokens, {"lm loss": report}
+
+
+if __name__ == "__main__":
+    main()
