@@ -43,12 +43,14 @@ def main() -> None:
             "and newer hold (Python 3.12); with an older release use launch.pretrain"
         )
     from megatron.core.enums import ModelType
-    from megatron.training import pretrain
-    from megatron.training.argument_utils import (
+    from megatron.training import pretrain  # type: ignore[import-not-found]
+    from megatron.training.argument_utils import (  # type: ignore[import-not-found]
         gpt_config_from_args,
         pretrain_cfg_container_from_args,
     )
-    from megatron.training.arguments import parse_and_validate_args
+    from megatron.training.arguments import (  # type: ignore[import-not-found]
+        parse_and_validate_args,
+    )
 
     skip_building_helpers()
     fused = _resolve_alias(sys.argv)
@@ -122,7 +124,7 @@ def _datasets(num_samples: Any, vp_stage: int | None = None) -> Any:
         get_blend_and_blend_per_split,
     )
 
-    args = get_args()
+    args: Any = get_args()
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     config = GPTDatasetConfig(
         random_seed=args.seed,
