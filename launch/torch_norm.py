@@ -27,9 +27,9 @@ def allow_sequence_parallel_norms() -> None:
             return stock(cls, config, *args, **kwargs)
         plain = copy.copy(config)  # the norm only reads a few fields of it
         plain.sequence_parallel = False
-        norm = stock(cls, plain, *args, **kwargs)
+        norm: Any = stock(cls, plain, *args, **kwargs)
         for parameter in norm.parameters():
-            parameter.sequence_parallel = True
+            parameter.sequence_parallel = True  # type: ignore[attr-defined]
         return norm
 
     make._marks_parameters = True  # type: ignore[attr-defined]

@@ -1,0 +1,1 @@
+"""The pretraining loop over megatron.core behind launch/pretrain.py."""

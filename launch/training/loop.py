@@ -1,0 +1,246 @@
+"""The pretraining loop: data in, Megatron's schedules, optimizer step, what is logged."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from functools import partial
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from launch.training import checkpoint, data, model
+from launch.training.report import Clock, Report, peak_mib
+from launch.training.settings import Settings
+from megatron_integration import fused_count, materialized_count
+
+
+class Trainer:
+    """A run from its settings to its summary; one object per rank.
+
+    Call `run` once, after `model.start_distributed` and `model.start_model_parallel`.
+    """
+
+    def __init__(self, settings: Settings, device: torch.device) -> None:
+        self.settings, self.loop, self.device = settings, settings.loop, device
+        self.batch = model.global_batch_size(settings)
+        self.rank = dist.get_rank()
+        self.replica = parallel_state.get_data_parallel_rank()
+        self.replicas = parallel_state.get_data_parallel_world_size()
+        self.microbatches = self.batch // (self.loop.micro_batch_size * self.replicas)
+        origin = data.source(self.loop, self.rank)
+        self.padded_vocab = origin.vocabulary.padded(
+            self.loop.make_vocab_size_divisible_by, settings.parallel("tensor_model_parallel")
+        )
+        self.vocabulary = f"{origin.vocabulary.origin}; padded to {self.padded_vocab}"
+        self.train_data, self.valid_data = data.datasets(self.loop, origin, self.batch)
+        self.chunks = model.build_model(settings, self.padded_vocab, device)
+        self.optimizer, self.schedule = model.build_optimizer(settings, self.chunks)
+        self.start, self.samples = 0, 0
+        if self.loop.load:
+            self.start, self.samples = checkpoint.load(
+                self.loop.load,
+                self.chunks,
+                self.optimizer,
+                self.schedule,
+                with_optimizer=not self.loop.no_load_optim,
+                with_generators=not self.loop.no_load_rng,
+            )
+
+    def run(self) -> dict[str, Any]:
+        """Train to the last iteration; returns the summary on rank 0, {} elsewhere.
+
+        Raises:
+            RuntimeError: a loss that is not finite, with the iteration and the rank.
+        """
+        report = Report(self.rank == 0, self.settings, self.start)
+        self._announce(report)
+        begin, clock = time.perf_counter(), Clock()
+        batches = self._batches(self.train_data, self.samples, self.loop.train_iters * self.batch)
+        losses: list[Tensor] = []
+        for iteration in range(self.start + 1, self.loop.train_iters + 1):
+            loss, norm = self._step(batches)
+            losses.append(loss)
+            self.samples += self.batch
+            last = iteration == self.loop.train_iters or _due(self.loop.exit_interval, iteration)
+            if last or iteration % self.loop.log_interval == 0 or iteration == self.start + 1:
+                self._log(report, iteration, losses, norm, clock)
+            clock.pause()
+            if self.loop.eval_interval and (last or _due(self.loop.eval_interval, iteration)):
+                report.validation(iteration, self._validate())
+            if self.loop.save and (last or _due(self.loop.save_interval, iteration)):
+                self._save(iteration)
+            clock.resume()
+            if last:
+                break
+        seconds = time.perf_counter() - begin
+        return report.close(self._facts(seconds))
+
+    def _announce(self, report: Report) -> None:
+        own = sum(p.numel() for chunk in self.chunks for p in chunk.parameters())
+        report.note(f"vocabulary: {self.vocabulary}")
+        report.note(
+            f"{dist.get_world_size()} ranks on {self.device.type}, megatron-core "
+            f"{version('megatron-core')}, torch {torch.__version__}: {own / 1e6:.1f} million "
+            f"parameters on rank 0, {self.microbatches} x {self.loop.micro_batch_size} x "
+            f"{self.replicas} sequences of {self.loop.seq_length} tokens a step, "
+            f"loss {self.settings.loss.loss}, from iteration {self.start}"
+        )
+
+    def _batches(self, dataset: Any, first: int, count: int) -> list[Any]:
+        """One iterator per chunk; None on stages that read neither tokens nor labels."""
+        found = []
+        for stage in range(len(self.chunks)):
+            vp_stage = stage if len(self.chunks) > 1 else None
+            ends = (
+                parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+            )
+            needed = any(ends)
+            args = (dataset, self.loop, first, count, self.replica, self.replicas)
+            found.append(data.batches(*args) if needed else None)
+        return found
+
+    def _forward(self, batches: Iterator[Any] | None, chunk: Any) -> tuple[Tensor, Any]:
+        if batches is None:
+            return chunk(None, None, None), partial(_loss, None)
+        batch = data.to_device(next(batches), self.device)
+        more = {"loss_mask": batch["loss_mask"]} if chunk.config.mtp_num_layers else {}
+        output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **more)
+        return output, partial(_loss, batch["loss_mask"])
+
+    def _pass(self, batches: list[Any], microbatches: int, *, forward_only: bool) -> Tensor:
+        """All micro-batches of one step; (2,) fp32 sum of losses and number of tokens, local."""
+        results = get_forward_backward_func()(
+            forward_step_func=self._forward,
+            data_iterator=batches if len(batches) > 1 else batches[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=microbatches,
+            seq_length=self.loop.seq_length,
+            micro_batch_size=self.loop.micro_batch_size,
+            forward_only=forward_only,
+        )
+        total = torch.zeros(2, device=self.device)
+        # Tensor-parallel ranks hold the same loss: one of them counts.
+        if results and parallel_state.get_tensor_model_parallel_rank() == 0:
+            total += torch.stack([result["loss"] for result in results]).sum(0)
+        return total
+
+    def _step(self, batches: list[Any]) -> tuple[Tensor, Any]:
+        """(sum of losses and number of tokens of this rank, gradient norm)."""
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss = self._pass(batches, self.microbatches, forward_only=False)
+        _, norm, _ = self.optimizer.step()
+        self.schedule.step(increment=self.batch)
+        return loss, norm
+
+    def _gather(self, losses: Tensor) -> Tensor:
+        """(n, 2) of this rank -> (ranks, n, 2); an all-reduce, which every backend has."""
+        table = losses.new_zeros(dist.get_world_size(), *losses.shape)
+        table[self.rank] = losses
+        dist.all_reduce(table)
+        return table.cpu()
+
+    def _log(
+        self, report: Report, iteration: int, losses: list[Tensor], norm: Any, clock: Clock
+    ) -> None:
+        table = self._gather(torch.stack(losses))
+        first = iteration - len(losses) + 1
+        bad = (~torch.isfinite(table)).any(-1).nonzero()
+        if len(bad):
+            rank, step = bad[bad[:, 1].argmin()].tolist()
+            value = table[rank, step, 0].item()
+            raise RuntimeError(
+                f"loss: expected a finite number, got {value} at iteration {first + step} on rank "
+                f"{rank}"
+            )
+        sums = table.double().sum(0)
+        tokens = len(losses) * self.batch * self.loop.seq_length
+        values = {
+            "loss": (sums[-1, 0] / sums[-1, 1].clamp(min=1)).item(),
+            "lr": float(self.optimizer.param_groups[0]["lr"]),
+            "grad_norm": math.nan if norm is None else float(norm),
+            "tokens_per_s": tokens / clock.lap(),
+            "peak_mib": round(peak_mib(), 1),
+        }
+        losses.clear()
+        report.train(iteration, values)
+
+    def _validate(self) -> float:
+        """Mean over the same eval_iters batches of the validation data every time."""
+        with self._synchronised_parameters():
+            for chunk in self.chunks:
+                chunk.eval()
+            count = self.loop.eval_iters
+            batches = self._batches(self.valid_data, 0, count * self.batch)
+            with torch.no_grad():
+                total = self._pass(batches, self.microbatches * count, forward_only=True)
+            for chunk in self.chunks:
+                chunk.train()
+        sums = self._gather(total.unsqueeze(0)).double().sum((0, 1))
+        return (sums[0] / sums[1].clamp(min=1)).item()
+
+    def _save(self, iteration: int) -> None:
+        assert self.loop.save is not None
+        with self._synchronised_parameters():
+            checkpoint.save(
+                self.loop.save, iteration, self.chunks, self.optimizer, self.schedule, self.samples
+            )
+
+    def _synchronised_parameters(self) -> Any:
+        return _Synchronised([c for c in self.chunks if c.ddp_config.overlap_param_gather])
+
+    def _facts(self, seconds: float) -> dict[str, Any]:
+        facts = {
+            "loss": self.settings.loss.loss,
+            "vocabulary": self.vocabulary,
+            "seconds": round(seconds, 1),
+            "run_dir": self.settings.run_dir,
+        }
+        if self.settings.loss.loss == "cce":
+            counts = torch.tensor(
+                [fused_count(self.chunks), materialized_count(self.chunks)], device=self.device
+            )
+            dist.all_reduce(counts, dist.ReduceOp.MAX)
+            facts["fused_losses"], facts["logits_made"] = counts.tolist()
+        if self.loop.tensorboard_dir:
+            facts["tensorboard"] = self.loop.tensorboard_dir
+        if self.loop.save:
+            facts["checkpoints"] = self.loop.save
+        return facts
+
+
+class _Synchronised:
+    """With overlap_param_gather parameters are whole only inside a forward pass, or here."""
+
+    def __init__(self, chunks: list[Any]) -> None:
+        self._chunks = chunks
+
+    def __enter__(self) -> None:
+        for chunk in self._chunks:
+            chunk.disable_forward_pre_hook()
+
+    def __exit__(self, *_: object) -> None:
+        for chunk in self._chunks:
+            chunk.enable_forward_pre_hook()
+
+
+def _due(interval: int | None, iteration: int) -> bool:
+    return bool(interval) and iteration % interval == 0  # type: ignore[operator]
+
+
+def _loss(mask: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(b, s) fp32 losses -> sum, number of tokens, and both for the log, all on the device."""
+    assert mask is not None
+    total = (output.float() * mask).sum()
+    tokens = mask.sum()
+    logged = torch.stack([total.detach(), tokens])
+    return total, tokens.to(torch.int), {"loss": logged}

@@ -1,0 +1,307 @@
+"""Builds what is trained: process groups, GPT model chunks, optimizer and schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from argparse import Namespace
+from datetime import timedelta
+from importlib.util import find_spec
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.enums import AttnBackend
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from launch.training.attention import use_fused_attention
+from launch.training.settings import Settings
+from megatron_integration import CceConfig, install
+
+
+def start_distributed(settings: Settings) -> torch.device:
+    """Join the process group that the launcher describes; returns this rank's device.
+
+    Ranks may share a device (gloo only): rank r of a machine takes device r modulo their number.
+
+    Raises:
+        ValueError: several ranks per device under nccl, or not started by a launcher.
+    """
+    loop = settings.loop
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ValueError(f"{name}: expected to be set, start this through torchrun; got none")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device, backend = torch.device("cpu"), loop.distributed_backend or "gloo"
+    if torch.cuda.is_available():
+        backend = loop.distributed_backend or "nccl"
+        devices = torch.cuda.device_count()
+        if backend == "nccl" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > devices:
+            raise ValueError(
+                f"megatron.distributed_backend: expected gloo for more ranks than the {devices} "
+                "device(s) of this machine, got nccl"
+            )
+        device = torch.device("cuda", local_rank % devices)
+        torch.cuda.set_device(device)
+    timeout = timedelta(minutes=loop.distributed_timeout_minutes)
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timeout)
+    return device
+
+
+def start_model_parallel(settings: Settings) -> None:
+    """Make Megatron's process groups and seed every generator.
+
+    Raises:
+        ValueError: a world size that the parallel sizes do not divide.
+    """
+    sizes = {
+        kind: settings.parallel(kind)
+        for kind in ("tensor_model_parallel", "pipeline_model_parallel", "context_parallel")
+    }
+    product = sizes["tensor_model_parallel"] * sizes["pipeline_model_parallel"]
+    product *= sizes["context_parallel"]
+    if dist.get_world_size() % product:
+        raise ValueError(
+            "megatron.tensor_model_parallel_size, pipeline_model_parallel_size, "
+            f"context_parallel_size: expected a product that divides the {dist.get_world_size()} "
+            f"ranks, got {product}"
+        )
+    options: dict[str, Any] = {f"{kind}_size": size for kind, size in sizes.items()}
+    parallel_state.initialize_model_parallel(
+        virtual_pipeline_model_parallel_size=virtual_stages(settings),
+        distributed_timeout_minutes=settings.loop.distributed_timeout_minutes,
+        **options,
+    )
+    seed = settings.loop.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def virtual_stages(settings: Settings) -> int | None:
+    """Model chunks per pipeline stage; None: no interleaving."""
+    per_stage = settings.loop.num_layers_per_virtual_pipeline_stage
+    given = settings.core.get("virtual_pipeline_model_parallel_size")
+    if per_stage is None:
+        return given
+    layers = settings.core["num_layers"] // settings.parallel("pipeline_model_parallel")
+    if layers % per_stage:
+        raise ValueError(
+            "megatron.num_layers_per_virtual_pipeline_stage: expected a divisor of the "
+            f"{layers} layers of a stage, got {per_stage}"
+        )
+    return layers // per_stage
+
+
+def global_batch_size(settings: Settings) -> int:
+    """Sequences per step.
+
+    Raises:
+        ValueError: not a multiple of micro-batch size times replicas.
+    """
+    loop = settings.loop
+    smallest = loop.micro_batch_size * parallel_state.get_data_parallel_world_size()
+    size = loop.global_batch_size or smallest
+    if size % smallest:
+        raise ValueError(
+            "megatron.global_batch_size: expected a multiple of micro_batch_size x data-parallel "
+            f"size = {smallest}, got {size}"
+        )
+    return size
+
+
+def _fields(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in dataclasses.fields(cls) if field.init}
+    return {key: value for key, value in values.items() if key in known}
+
+
+def _dtype(settings: Settings) -> torch.dtype:
+    if settings.core.get("bf16"):
+        return torch.bfloat16
+    return torch.float16 if settings.core.get("fp16") else torch.float32
+
+
+def transformer_config(settings: Settings) -> TransformerConfig:
+    """Megatron's configuration of the model, from the sections `megatron` and `cce`."""
+    loop, dtype = settings.loop, _dtype(settings)
+    values = _fields(TransformerConfig, settings.core)
+    values.update(
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        virtual_pipeline_model_parallel_size=virtual_stages(settings),
+        add_bias_linear=not loop.disable_bias_linear,
+        gated_linear_unit=loop.swiglu,
+        activation_func=F.silu if loop.swiglu else F.gelu,
+        cross_entropy_loss_fusion=settings.loss.loss == "stock-native-fusion",
+        transformer_impl="transformer_engine" if uses_te(settings) else "local",
+    )
+    values.setdefault("use_cpu_initialization", not torch.cuda.is_available())
+    if loop.attention_backend in AttnBackend.__members__:
+        values["attention_backend"] = AttnBackend[loop.attention_backend]
+    return TransformerConfig(**values)
+
+
+def uses_te(settings: Settings) -> bool:
+    """Whether the layers are Transformer Engine's.
+
+    Raises:
+        ValueError: asked for, but not installed.
+    """
+    there = torch.cuda.is_available() and find_spec("transformer_engine") is not None
+    wanted = settings.loop.transformer_impl
+    if wanted == "transformer_engine" and not there:
+        raise ValueError(
+            "megatron.transformer_impl: expected local where Transformer Engine is not installed, "
+            "got transformer_engine"
+        )
+    return there if wanted is None else wanted == "transformer_engine"
+
+
+def _layer_spec(settings: Settings, config: Any) -> Any:
+    common = {
+        "num_experts": config.num_moe_experts,
+        "moe_grouped_gemm": config.moe_grouped_gemm,
+        "qk_layernorm": config.qk_layernorm,
+        "multi_latent_attention": config.multi_latent_attention,
+    }
+    if uses_te(settings):
+        return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**common)
+    spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization=config.normalization, **common)
+    if settings.loop.attention_backend != "unfused" and not config.multi_latent_attention:
+        use_fused_attention(spec)
+    return spec
+
+
+def _chunk(settings: Settings, config: Any, padded_vocab: int, stage: int | None) -> GPTModel:
+    loop = settings.loop
+    ends = {
+        "pre_process": parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
+        "post_process": parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage),
+    }
+    spec = _layer_spec(settings, config)
+    mtp: dict[str, Any] = {}
+    if config.mtp_num_layers and ends["post_process"]:
+        mtp["mtp_block_spec"] = gpt_layer_specs.get_gpt_mtp_block_spec(
+            config, spec, use_transformer_engine=uses_te(settings), vp_stage=stage
+        )
+    return GPTModel(
+        config,
+        spec,
+        vocab_size=padded_vocab,
+        max_sequence_length=loop.max_position_embeddings or loop.seq_length,
+        share_embeddings_and_output_weights=not loop.untie_embeddings_and_output_weights,
+        position_embedding_type=loop.position_embedding_type,  # type: ignore[arg-type]
+        rotary_percent=loop.rotary_percent,
+        rotary_base=loop.rotary_base,
+        rope_scaling=loop.use_rope_scaling,
+        rope_scaling_factor=loop.rope_scaling_factor,
+        vp_stage=stage,
+        **ends,
+        **mtp,
+    )
+
+
+def build_model(settings: Settings, padded_vocab: int, device: torch.device) -> list[Any]:
+    """The model chunks of this rank, with the loss of section `cce`, wrapped for training."""
+    config = transformer_config(settings)
+    stages = virtual_stages(settings)
+    chunks: list[Any] = [
+        _chunk(settings, config, padded_vocab, stage)
+        for stage in (range(stages) if stages else [None])
+    ]
+    if settings.loss.loss == "cce":
+        install(chunks, cce_config(settings))
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
+        chunk.to(device)
+    if _dtype(settings) is not torch.float32:
+        chunks = [Float16Module(config, chunk) for chunk in chunks]
+    values = _fields(DistributedDataParallelConfig, settings.core)
+    values.setdefault("grad_reduce_in_fp32", _dtype(settings) is not torch.float32)
+    ddp_config = DistributedDataParallelConfig(**values)
+    return [
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+
+
+def cce_config(settings: Settings) -> CceConfig:
+    """Section `cce` as the integration's own options."""
+    names = Namespace(
+        cce=True,
+        cce_grad_filter=settings.loss.grad_filter,
+        cce_workspace_mb=settings.loss.workspace_mb,
+        cce_strict=settings.loss.strict,
+    )
+    return CceConfig.from_args(names)
+
+
+def build_optimizer(settings: Settings, chunks: list[Any]) -> tuple[Any, Any]:
+    """(optimizer, learning-rate and weight-decay schedule), the schedule in samples."""
+    loop = settings.loop
+    values = _fields(OptimizerConfig, settings.core)
+    values.update(
+        lr=loop.lr,
+        min_lr=loop.min_lr,
+        weight_decay=loop.weight_decay,
+        params_dtype=_dtype(settings),
+    )
+    optimizer = get_megatron_optimizer(OptimizerConfig(**values), chunks)
+    batch = global_batch_size(settings)
+    wsd = loop.lr_wsd_decay_iters
+    schedule = OptimizerParamScheduler(
+        optimizer,
+        init_lr=loop.lr_warmup_init,
+        max_lr=loop.lr,
+        min_lr=loop.min_lr,
+        lr_warmup_steps=loop.lr_warmup_iters * batch,
+        lr_decay_steps=(loop.lr_decay_iters or loop.train_iters) * batch,
+        lr_decay_style=loop.lr_decay_style,
+        start_wd=_first(loop.start_weight_decay, loop.weight_decay),
+        end_wd=_first(loop.end_weight_decay, loop.weight_decay),
+        wd_incr_steps=loop.train_iters * batch,
+        wd_incr_style=loop.weight_decay_incr_style,
+        wsd_decay_steps=wsd * batch if wsd else None,
+        lr_wsd_decay_style=loop.lr_wsd_decay_style,
+    )
+    _connect(chunks, optimizer)
+    return optimizer, schedule
+
+
+def _first(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _connect(chunks: list[Any], optimizer: Any) -> None:
+    """What Megatron's schedules call back."""
+    config, ddp_config = chunks[0].config, chunks[0].ddp_config
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = optimizer.scale_loss
+
+    def of_chunks(name: str) -> Any:
+        found = [getattr(chunk, name) for chunk in chunks]
+        return found[0] if len(found) == 1 else found
+
+    if ddp_config.overlap_grad_reduce:
+        config.no_sync_func = of_chunks("no_sync")
+        if ddp_config.align_param_gather:
+            config.grad_sync_func = of_chunks("start_grad_sync")
+    if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
+        config.param_sync_func = of_chunks("start_param_sync")
