@@ -1,0 +1,94 @@
+"""Starts launch.pretrain and this file's own jobs under torchrun, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def torchrun(ranks: int, *command: str, timeout_s: float = 150.0, **env: str) -> str:
+    """Run `python -m torch.distributed.run ... command`; returns stdout and stderr together.
+
+    Raises:
+        AssertionError: with the end of the output, if it fails or takes too long.
+    """
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **env}
+    with subprocess.Popen(
+        [*launcher, "--standalone", *command],
+        cwd=ROOT,
+        env={**os.environ, **more},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    ) as process:
+        try:
+            output, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            process.terminate()  # the launcher ends its workers
+            output, _ = process.communicate()
+            raise AssertionError(f"took more than {timeout_s} s:\n{output[-4000:]}") from None
+    assert process.returncode == 0, output[-4000:]
+    return output
+
+
+def pretrain(run_dir: Path, *overrides: str, ranks: int = 2) -> list[dict[str, Any]]:
+    """launch.pretrain with the tiny configuration; returns the records of metrics.jsonl."""
+    config = str(ROOT / "configs" / "tiny_cpu.yaml")
+    torchrun(ranks, "-m", "launch.pretrain", "--config", config, f"run_dir={run_dir}", *overrides)
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def main(folder: str) -> None:
+    """Under torchrun: train every configuration at reduced size; writes {name: answer} as JSON.
+
+    Answers are lists of losses, or the text of an error.
+    """
+    import torch.distributed as dist
+
+    from launch.pretrain import prepare, train
+
+    prepare()
+    from megatron.core import parallel_state
+
+    from launch.training import model, settings
+
+    runs = {path.stem: settings.load(path) for path in CONFIGS}
+    for name, key, value in (
+        ("unfused attention", "attention_backend", "unfused"),
+        ("fused attention", "attention_backend", "auto"),
+    ):
+        runs[name] = settings.load(ROOT / "configs" / "vocab256k.yaml", [f"megatron.{key}={value}"])
+    runs["nan"] = settings.load(ROOT / "configs" / "vocab256k.yaml", ["megatron.layernorm_epsilon=.nan"])
+    answers: dict[str, Any] = {}
+    for name, full in runs.items():
+        run = settings.reduced(full, dist.get_world_size() if dist.is_initialized() else 4)
+        run.run_dir = str(Path(folder) / name)
+        run.loop.data_cache_path = str(Path(folder) / "cache")
+        model.start_distributed(run)
+        for variable in [name for name in os.environ if name.startswith("NVTE_")]:
+            del os.environ[variable]  # set by the model before, from its attention backend
+        try:
+            train(run, keep_group=True)
+        except RuntimeError as error:
+            parallel_state.destroy_model_parallel()
+            answers[name] = str(error)
+            continue
+        if dist.get_rank() == 0:
+            lines = (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()
+            answers[name] = [r["loss"] for r in map(json.loads, lines) if "loss" in r]
+    if dist.get_rank() == 0:
+        (Path(folder) / "answers.json").write_text(json.dumps(answers))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
