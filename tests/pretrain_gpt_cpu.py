@@ -43,6 +43,9 @@ def pretend_cuda() -> None:
         return start(*args, **kwargs)
 
     dist.init_process_group = without_device
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        if hasattr(torch.optim.Optimizer, name):
+            setattr(torch.optim.Optimizer, name, lambda self: None)
     torch.nn.Module.cuda = lambda self, *_: self  # type: ignore[method-assign]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import random
@@ -57,10 +58,23 @@ def start_distributed(settings: Settings) -> torch.device:
             )
         device = torch.device("cuda", local_rank % devices)
         torch.cuda.set_device(device)
+        if backend == "gloo":
+            _reduce_one_by_one()
     timeout = timedelta(minutes=loop.distributed_timeout_minutes)
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timeout)
     return device
+
+
+def _reduce_one_by_one() -> None:
+    """Let Megatron reduce gradients of CUDA tensors over gloo, which cannot join several calls.
+
+    Only for reductions that are not overlapped: what is joined is also what is waited for.
+    """
+    from megatron.core.distributed import param_and_grad_buffer
+
+    module: Any = param_and_grad_buffer
+    module._coalescing_manager = lambda *_, **__: contextlib.nullcontext()
 
 
 def start_model_parallel(settings: Settings) -> None:

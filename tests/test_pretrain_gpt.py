@@ -1,0 +1,103 @@
+"""launch.pretrain_gpt: Megatron's own training loop, with and without the fused loss, on the CPU."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launch import pretrain_gpt
+from launch_runs import ROOT, torchrun
+from megatron_integration import add_cce_arguments, cce_requested, take_alias
+
+SCRIPT = str(Path(__file__).with_name("pretrain_gpt_cpu.py"))
+ARGUMENTS = """
+    --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32
+    --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 3
+    --lr 1e-3 --min-lr 1e-4 --mock-data --tokenizer-type NullTokenizer --vocab-size 511
+    --transformer-impl local --tensor-model-parallel-size 2 --distributed-backend gloo
+    --use-cpu-initialization --no-gradient-accumulation-fusion --no-masked-softmax-fusion
+    --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-persist-layer-norm
+    --hidden-dropout 0 --attention-dropout 0 --log-interval 1 --eval-iters 0 --num-workers 0
+    --attention-backend unfused
+""".split()
+
+pytestmark = pytest.mark.no_poison
+
+
+def _has_training() -> bool:
+    import importlib.util
+
+    return importlib.util.find_spec("megatron.training") is not None
+
+
+needs_training = pytest.mark.skipif(
+    not _has_training(), reason="the wheel of this megatron-core has no megatron.training"
+)
+
+
+def _printed(*more: str) -> tuple[list[str], str]:
+    """What Megatron prints of loss and gradient norm at each iteration, and the whole output."""
+    output = torchrun(2, SCRIPT, *ARGUMENTS, *more, CUDA_DEVICE_MAX_CONNECTIONS="1")
+    lines = re.findall(r"(lm loss: \S+) .*?(grad norm: \S+)", output)
+    return [" ".join(line) for line in lines], output
+
+
+@needs_training
+@pytest.mark.timeout(500)
+def test_printed_losses_are_the_same_with_and_without_cce(tmp_path: Path) -> None:
+    stock, _ = _printed()
+    save = ["--save", str(tmp_path), "--save-interval", "3", "--ckpt-format", "torch_dist"]
+    fused, output = _printed("--cce", "--cce-strict", *save)
+    assert len(stock) == 3
+    assert fused == stock
+    assert "6 fused losses, logits materialised 0 times" in output
+    assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
+    alias, output = _printed("--cross-entropy-fusion-impl", "cce")
+    assert alias == stock
+    assert "6 fused losses, logits materialised 0 times" in output
+
+
+@pytest.mark.skipif(_has_training(), reason="megatron.training is installed")
+def test_missing_megatron_training_is_explained() -> None:
+    command = [sys.executable, "-m", "launch.pretrain_gpt", *ARGUMENTS]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert found.returncode != 0
+    assert "needs megatron.training" in found.stderr
+    assert "launch.pretrain" in found.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["--cross-entropy-fusion-impl", "cce"], ["--cross-entropy-fusion-impl=cce"]]
+)
+def test_alias_never_reaches_megatron(words: list[str]) -> None:
+    argv = ["pretrain_gpt", "--lr", "1", *words, "--bf16"]
+    assert pretrain_gpt._resolve_alias(argv)
+    assert argv == ["pretrain_gpt", "--lr", "1", "--cce", "--bf16"]
+    assert not pretrain_gpt._resolve_alias(argv)
+
+
+def test_alias_after_parsing() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--cross-entropy-fusion-impl", choices=["native", "te"], default="native")
+    parser.add_argument("--cross-entropy-loss-fusion", action="store_true")
+    add_cce_arguments(parser)
+    args = parser.parse_args(["--cross-entropy-fusion-impl", "cce"])
+    assert cce_requested(args)
+    take_alias(args)
+    assert (args.cce, args.cross_entropy_fusion_impl) == (True, "native")
+    assert not args.cross_entropy_loss_fusion
+
+
+def test_compiled_helpers_are_not_built_again() -> None:
+    code = (
+        "from megatron.core.datasets import utils\n"
+        "from launch.pretrain_gpt import skip_building_helpers\n"
+        "skip_building_helpers()\n"
+        "utils.compile_helpers()\n"
+        "from megatron.core.datasets import helpers_cpp\n"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, timeout=120)
