@@ -67,7 +67,9 @@ def main(folder: str) -> None:
         ("fused attention", "attention_backend", "auto"),
     ):
         runs[name] = settings.load(ROOT / "configs" / "vocab256k.yaml", [f"megatron.{key}={value}"])
-    runs["nan"] = settings.load(ROOT / "configs" / "vocab256k.yaml", ["megatron.layernorm_epsilon=.nan"])
+    runs["nan"] = settings.load(
+        ROOT / "configs" / "vocab256k.yaml", ["megatron.layernorm_epsilon=.nan"]
+    )
     answers: dict[str, Any] = {}
     for name, full in runs.items():
         run = settings.reduced(full, dist.get_world_size() if dist.is_initialized() else 4)

@@ -63,7 +63,7 @@ def test_flag_beats_file() -> None:
         ("cce.loss=fast", r"cce\.loss: expected one of stock.*got 'fast'"),
         ("megatron.train_iters=many", r"megatron\.train_iters"),
         ("megatron.seq_length=0", r"megatron\.seq_length: expected a positive integer, got 0"),
-        ("megatron.lr_warmup_iters=500", r"megatron\.lr_warmup_iters: .*120.*got 500"),
+        ("megatron.lr_warmup_iters=500", r"megatron\.lr_warmup_iters: .*160.*got 500"),
         ("megatron.distributed_backend=mpi", r"distributed_backend: expected nccl or gloo"),
         ("megatron.cross_entropy_loss_fusion=true", r"use cce\.loss=stock-native-fusion"),
         ("megatron.train_data_path=a", r"valid_data_path: expected together"),

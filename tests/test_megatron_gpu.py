@@ -105,7 +105,13 @@ def _peak(head: Callable[[], None], hidden: Tensor) -> tuple[int, int]:
 def test_memory_of_the_head(gpu_pool: ranks.RankPool, tp: int) -> None:
     """Check 27: 131,072 entries, 8,192 tokens: less than 5% of stock's logits and fp32 copies."""
     case = Case(
-        vocab=131072, hidden=4096, seq=4096, batch=2, layers=1, dtype=torch.bfloat16, labels_below=9
+        vocab=131072,
+        hidden=4096,
+        seq=4096,
+        batch=2,
+        layers=1,
+        dtype=torch.bfloat16,
+        config={"use_cpu_initialization": False},
     )
     answers = gpu_pool.run(
         _head_memory, tp, case, ranks=4, group="world", poison=False, timeout_s=280
@@ -115,7 +121,9 @@ def test_memory_of_the_head(gpu_pool: ranks.RankPool, tp: int) -> None:
     elements = case.seq * case.batch * case.vocab // tp
     for found in measured:
         assert found["stock"] >= 6 * elements, f"stock is not what it was taken for: {found}"
-        assert found["fused"] <= 0.05 * 6 * elements, found
+        # The gradient of the hidden states is made by either.
+        input_grad = 2 * case.seq * case.batch * case.hidden
+        assert found["fused"] - input_grad <= 0.05 * 6 * elements, found
         assert found["largest"] < elements, found
 
 

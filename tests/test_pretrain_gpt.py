@@ -1,20 +1,22 @@
-"""launch.pretrain_gpt: Megatron's own training loop, with and without the fused loss, on the CPU."""
+"""launch.pretrain_gpt: Megatron's own training loop, fused loss or not, on the CPU."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
 from launch import pretrain_gpt
 from launch_runs import ROOT, torchrun
 from megatron_integration import add_cce_arguments, cce_requested, take_alias
 
 SCRIPT = str(Path(__file__).with_name("pretrain_gpt_cpu.py"))
-ARGUMENTS = """
+_TEXT = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 32
     --max-position-embeddings 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 3
     --lr 1e-3 --min-lr 1e-4 --mock-data --tokenizer-type NullTokenizer --vocab-size 511
@@ -23,14 +25,13 @@ ARGUMENTS = """
     --no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-persist-layer-norm
     --hidden-dropout 0 --attention-dropout 0 --log-interval 1 --eval-iters 0 --num-workers 0
     --attention-backend unfused
-""".split()
+"""
+ARGUMENTS = _TEXT.split()
 
 pytestmark = pytest.mark.no_poison
 
 
 def _has_training() -> bool:
-    import importlib.util
-
     return importlib.util.find_spec("megatron.training") is not None
 
 
