@@ -69,7 +69,10 @@ class Trainer:
         }
         self.ddp = [
             DistributedDataParallel(
-                chunk.config, DistributedDataParallelConfig(**options), chunk, disable_bucketing=i
+                chunk.config,
+                DistributedDataParallelConfig(**options),
+                chunk,
+                disable_bucketing=i > 0,
             )
             for i, chunk in enumerate(chunks)
         ]
