@@ -1,4 +1,4 @@
-"""The seam between the Triton kernels and the PyTorch reference: three tile functions each."""
+"""The seam between the Triton kernels and the PyTorch reference: a few functions each."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from cce_tp.problem import LocalLogits, LogitGradient
+from cce_tp.problem import LocalLogits, LogitGradient, LossTerms, TokenLoss
 from cce_tp.stats import StatRows
 
 
@@ -15,22 +15,30 @@ class Backend(Protocol):
 
     def statistics(self, logits: LocalLogits, rows: StatRows, workspace_bytes: int) -> Tensor: ...
 
+    def token_loss(
+        self, packed_RN: Tensor, target_N: Tensor, rows: StatRows, terms: LossTerms
+    ) -> TokenLoss: ...
+
+    def token_gradient(
+        self, upstream: Tensor, target_N: Tensor, count: Tensor, terms: LossTerms
+    ) -> Tensor: ...
+
     def tile_bytes(self, logits: LocalLogits) -> int:
         """Bytes of temporaries that grad_logits takes beside its output."""
         ...
 
     def grad_logits(
-        self, logits: LocalLogits, upstream: LogitGradient, out_NV: Tensor, eps: float | None
+        self, logits: LocalLogits, upstream: LogitGradient, out_VN: Tensor, eps: float | None
     ) -> Any: ...
 
     def sparse_product(
         self,
         out: Tensor,
-        grad_NV: Tensor,
+        grad_VN: Tensor,
         other: Tensor,
         kept: Any,
         *,
-        transposed: bool,
+        of_input: bool,
         accumulate: bool,
     ) -> None: ...
 
@@ -39,9 +47,11 @@ class _TritonBackend:
     """Binds the kernels' launchers; Triton is imported when the first one is built."""
 
     def __init__(self) -> None:
-        from cce_tp.kernels import backward, forward
+        from cce_tp.kernels import backward, forward, loss
 
         self.statistics = forward.statistics
+        self.token_loss = loss.token_loss
+        self.token_gradient = loss.token_gradient
         self.tile_bytes = lambda logits: 0
         self.grad_logits = backward.grad_logits
         self.sparse_product = backward.sparse_product
@@ -52,6 +62,8 @@ class _TorchBackend:
         from cce_tp import reference
 
         self.statistics = reference.statistics
+        self.token_loss = reference.token_loss
+        self.token_gradient = reference.token_gradient
         self.tile_bytes = reference.tile_bytes
         self.grad_logits = reference.grad_logits
 

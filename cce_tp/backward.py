@@ -1,16 +1,16 @@
 """Backward pass of one rank: dE, dC and the bias gradient from strips of the logits' gradient.
 
-For each strip of the vocabulary the backend writes G = d loss / d (E C^T) to a small buffer; then
-dC_strip = G^T E is complete at once and dE += G C_strip is summed in fp32. Deterministic. With
-the paper's filter the strips are cut from the sorted vocabulary and the products skip the dropped
-tiles.
+For each strip of the vocabulary the backend writes G^T, G = d loss / d (E C^T), to a small buffer
+or to a part of dC that is still to be written; then dC_strip = G^T E is complete at once and
+dE += G C_strip is summed in fp32. Deterministic. With the paper's filter the strips are cut from
+the sorted vocabulary and the products skip the dropped tiles.
 
 Legend: N tokens, V vocabulary rows of this rank, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,19 @@ from torch import Tensor
 from cce_tp.backend import Backend
 from cce_tp.filtering import BYTES_PER_ORDERED_ROW, vocabulary_order
 from cce_tp.problem import LocalLogits, LogitGradient, statistics_dtype
-from cce_tp.products import add_product, copies_operands
-from cce_tp.workspace import BackwardSizes, Walk, blocks, plan_backward
+from cce_tp.products import InputSum, add_product, copies_operands
+from cce_tp.workspace import (
+    ALIGNMENT,
+    BackwardSizes,
+    StripWalk,
+    TokenWalk,
+    WholeWalk,
+    blocks,
+    plan_backward,
+)
+
+# dC of a wide strip is taken in pieces of this many rows, each with its part of G in the L2 cache.
+_WEIGHT_ROWS = 8192
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +44,14 @@ class GradientSinks:
         weight: (V, D), overwritten, or added to with `accumulate_weight`.
         bias: (V,) fp32 or fp64, zeros beforehand, added to.
         accumulate_weight: add to `weight`.
+        input_done: called once, when `input` is complete and what is left concerns dC alone.
     """
 
     input: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
     accumulate_weight: bool
+    input_done: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +88,12 @@ class _Columns:
             local = (column >= 0) & (column < len(position))
             self._position = torch.where(local, position[torch.where(local, column, 0)], -1)
 
-    def strips(self, width: int) -> Iterator[tuple[_Strip, LocalLogits]]:
-        for start, stop in blocks(self._logits.shape[1], width):
-            if self._order is None or self._position is None:
-                yield _Strip(start, stop, None), self._logits.columns(start, stop)
-            else:
-                rows = self._order[start:stop]
-                column = torch.where(self._position >= 0, self._position - start, -1)
-                yield _Strip(start, stop, rows), self._logits.gathered(rows, column)
+    def strip(self, start: int, stop: int) -> tuple[_Strip, LocalLogits]:
+        if self._order is None or self._position is None:
+            return _Strip(start, stop, None), self._logits.columns(start, stop)
+        rows = self._order[start:stop]
+        column = torch.where(self._position >= 0, self._position - start, -1)
+        return _Strip(start, stop, rows), self._logits.gathered(rows, column)
 
 
 class _BackwardPass:
@@ -105,33 +116,46 @@ class _BackwardPass:
         self.sum_dtype = statistics_dtype(logits.input.dtype)
 
     def run(self, workspace_bytes: int) -> None:
-        plan = plan_backward(self._sizes(), workspace_bytes)
-        if plan.input is not None:
-            self._input_pass(plan.input, None if plan.weight else self.sinks.weight)
-        if plan.weight is not None:
-            self._weight_pass(plan.weight, bias=plan.input is None)
+        sizes = self._sizes()
+        for walk in plan_backward(sizes, workspace_bytes):
+            if isinstance(walk, TokenWalk):
+                self._token_walk(walk, sizes)
+            elif isinstance(walk, WholeWalk):
+                self._whole_walk(walk)
+            else:
+                self._strip_walk(walk, bias=not sizes.need_input)
 
     def _sizes(self) -> BackwardSizes:
         num_tokens, vocab, hidden = self.logits.shape
         itemsize, wide = self.logits.input.element_size(), self.sum_dtype.itemsize
         dE, dC = self.sinks.input, self.sinks.weight
-        gathers, copies = self.eps is not None, copies_operands(self.logits.input)
-        weight_row = 0
-        if dC is not None and not self._direct(dC):
-            weight_row = hidden * (
-                wide + gathers * (1 + self.sinks.accumulate_weight) * dC.itemsize
-            )
+        filtered, copies = self.eps is not None, copies_operands(self.logits.input)
+        weight_row = lent_row = 0
+        if dC is not None:
+            if not self._direct(dC):
+                weight_row = hidden * (
+                    wide + filtered * (1 + self.sinks.accumulate_weight) * dC.itemsize
+                )
+            if not (filtered or copies or self.sinks.accumulate_weight) and dC.is_contiguous():
+                lent_row = hidden * dC.itemsize
+        sums_apart = dE is not None and dE.dtype != self.sum_dtype
+        sum_row = hidden * wide * (sums_apart + copies)
         fixed = self.backend.tile_bytes(self.logits)
         return BackwardSizes(
             tokens=num_tokens,
             vocab=vocab,
+            hidden=hidden,
             element=itemsize + copies * wide,
-            token_row=hidden * wide * ((dE is not None and dE.dtype != self.sum_dtype) + copies),
-            strip_row=hidden * (gathers * itemsize + copies * wide),
+            token_row=sum_row,
+            single_row=sum_row if self._apart_once() else 0,
+            can_borrow=sums_apart and InputSum.can_borrow(dE, self.sum_dtype) and not filtered,
+            strip_row=hidden * (filtered * itemsize + copies * wide),
             weight_row=weight_row,
             weight_accumulator=hidden * wide,
             weight_accumulates=dC is not None and dC.dtype == self.sum_dtype,
-            fixed=fixed + (BYTES_PER_ORDERED_ROW * vocab if gathers else 0),
+            lent_row=lent_row,
+            gradient_row=_padded(num_tokens) * itemsize,
+            fixed=fixed + (BYTES_PER_ORDERED_ROW * vocab if filtered else 0),
             need_input=dE is not None,
             need_weight=dC is not None,
         )
@@ -142,93 +166,138 @@ class _BackwardPass:
         indirect = self.eps is not None or self.unscale is not None
         return native and not indirect and not copies_operands(self.logits.input)
 
-    def _input_pass(self, walk: Walk, grad_weight: Tensor | None) -> None:
-        """Token chunks outside, strips inside: dE and the bias gradient, and dC if given."""
-        grad_input = self.sinks.input
+    def _apart_once(self) -> bool:
+        """Whether even a dE that one product makes needs a wide temporary."""
+        scaled = self.unscale is not None or self.eps is not None
+        return scaled or copies_operands(self.logits.input)
+
+    def _token_walk(self, walk: TokenWalk, sizes: BackwardSizes) -> None:
+        """Token chunks outside, strips inside: dE and the bias gradient, and dC if it is asked."""
+        grad_input, grad_weight = self.sinks.input, self.sinks.weight if walk.weight else None
         assert grad_input is not None
-        buffer = self._buffer(walk)
-        for n0, n1 in blocks(self.logits.shape[0], walk.chunk):
-            total = grad_input[n0:n1]
-            if total.dtype != self.sum_dtype:
-                total = torch.empty(total.shape, dtype=self.sum_dtype, device=total.device)
-            for strip, logits in self.columns.strips(walk.strip):
-                logits, grad_NV, kept = self._gradient(strip, logits, (n0, n1), buffer)
+        num_tokens, vocab, _ = self.logits.shape
+        buffer = self._buffer(walk.strip, walk.chunk)
+        single = walk.strip >= vocab and not self._apart_once()
+        for n0, n1 in blocks(num_tokens, walk.chunk):
+            total = InputSum(grad_input[n0:n1], self.sum_dtype, in_place=single, borrow=walk.borrow)
+            for start, stop in walk.strips(sizes):
+                strip, logits = self.columns.strip(start, stop)
+                out = self._lent(start, stop) if stop - start > walk.strip else buffer
+                logits, grad_VN, kept = self._gradient(strip, logits, (n0, n1), out)
+                self._add_bias(strip, grad_VN)
+                for t0, t1, part in total.parts:
+                    self._product(part, grad_VN[:, t0:t1], logits.weight, kept, start > 0)
+                if stop == vocab:
+                    total.finish(self.unscale)
+                    if n1 == num_tokens:
+                        self.sinks.input_done()
                 if grad_weight is not None:
                     later = n0 > 0 or self.sinks.accumulate_weight
-                    self._add_weight(grad_weight, strip, grad_NV, logits, kept, accumulate=later)
-                self._add_bias(strip, grad_NV)
-                self._product(total, grad_NV, logits.weight, kept, accumulate=strip.start > 0)
-            if self.unscale is not None:
-                total.mul_(self.unscale)
-            if total.dtype != grad_input.dtype:
-                grad_input[n0:n1].copy_(total)
+                    self._add_weight(grad_weight, strip, grad_VN, logits, kept, accumulate=later)
             del total  # before the next chunk's is allocated
 
-    def _weight_pass(self, walk: Walk, *, bias: bool) -> None:
+    def _whole_walk(self, walk: WholeWalk) -> None:
+        """G^T in the memory of dC; dE from all of it, then dC over it, strip by strip."""
+        grad_input, grad_weight = self.sinks.input, self.sinks.weight
+        assert grad_input is not None and grad_weight is not None
+        num_tokens, vocab, _ = self.logits.shape
+        as_gradient = grad_weight.view(self.logits.input.dtype)
+        everything = _Strip(0, vocab, None)
+        _, grad_VN, _ = self._gradient(everything, self.logits, (0, num_tokens), as_gradient)
+        self._add_bias(everything, grad_VN)
+        for n0, n1 in blocks(num_tokens, walk.chunk):
+            total = InputSum(
+                grad_input[n0:n1], self.sum_dtype, in_place=not self._apart_once(), borrow=False
+            )
+            for t0, t1, part in total.parts:
+                add_product(
+                    part, grad_VN[:, n0 + t0 : n0 + t1].t(), self.logits.weight, accumulate=False
+                )
+            total.finish(self.unscale)
+            del total
+        self.sinks.input_done()
+        buffer = self._buffer(walk.strip, num_tokens)
+        for start, stop in blocks(vocab, walk.strip):
+            copied = buffer[: stop - start, :num_tokens].copy_(grad_VN[start:stop])
+            strip = _Strip(start, stop, None)
+            self._add_weight(grad_weight, strip, copied, self.logits, None, accumulate=False)
+
+    def _strip_walk(self, walk: StripWalk, *, bias: bool) -> None:
         """Strips outside, token chunks inside: dC (and the bias gradient) with a sum in fp32."""
         grad_weight = self.sinks.weight
-        num_tokens, _, hidden = self.logits.shape
-        buffer = self._buffer(walk)
+        num_tokens, vocab, hidden = self.logits.shape
+        buffer = self._buffer(walk.strip, walk.chunk)
         whole = walk.chunk >= num_tokens
-        for strip, columns in self.columns.strips(walk.strip):
+        for start, stop in blocks(vocab, walk.strip):
+            strip, columns = self.columns.strip(start, stop)
             total = None
             if grad_weight is not None and not whole:
-                shape = (strip.stop - strip.start, hidden)
+                shape = (stop - start, hidden)
                 total = torch.zeros(shape, dtype=self.sum_dtype, device=grad_weight.device)
             for n0, n1 in blocks(num_tokens, walk.chunk):
-                logits, grad_NV, kept = self._gradient(strip, columns, (n0, n1), buffer)
+                logits, grad_VN, kept = self._gradient(strip, columns, (n0, n1), buffer)
                 if bias:
-                    self._add_bias(strip, grad_NV)
+                    self._add_bias(strip, grad_VN)
                 if total is not None:
-                    self._weight_product(total, grad_NV, logits.input, kept, accumulate=True)
+                    self._weight_product(total, grad_VN, logits.input, kept, accumulate=True)
                 elif grad_weight is not None:
                     add = self.sinks.accumulate_weight
-                    self._add_weight(grad_weight, strip, grad_NV, logits, kept, accumulate=add)
+                    self._add_weight(grad_weight, strip, grad_VN, logits, kept, accumulate=add)
             if total is not None and grad_weight is not None:
                 if self.unscale is not None:
                     total *= self.unscale
                 strip.store(grad_weight, total, accumulate=self.sinks.accumulate_weight)
 
-    def _buffer(self, walk: Walk) -> Tensor:
-        # Rows start aligned for the tensor memory accelerator: a multiple of 16 elements.
-        return self.logits.input.new_empty(walk.chunk, -(-walk.strip // 16) * 16)
+    def _buffer(self, strip: int, chunk: int) -> Tensor:
+        return self.logits.input.new_empty(strip, _padded(chunk))
+
+    def _lent(self, start: int, stop: int) -> Tensor:
+        """(stop - start, padded N) in the memory of the rows of dC after `stop`."""
+        grad_weight = self.sinks.weight
+        assert grad_weight is not None
+        flat = grad_weight.view(self.logits.input.dtype).view(-1)
+        itemsize, width = flat.element_size(), _padded(self.logits.shape[0])
+        first = -(-stop * grad_weight.stride(0) * grad_weight.itemsize // ALIGNMENT) * ALIGNMENT
+        first //= itemsize
+        return flat[first : first + (stop - start) * width].view(stop - start, width)
 
     def _gradient(
         self, strip: _Strip, columns: LocalLogits, tokens: tuple[int, int], buffer: Tensor
     ) -> tuple[LocalLogits, Tensor, Any]:
         """The rectangle of a step, its gradient, and the backend's record of kept tiles."""
         logits = columns.tokens(*tokens)
-        grad_NV = buffer[: tokens[1] - tokens[0], : strip.stop - strip.start]
-        kept = self.backend.grad_logits(logits, self.upstream.tokens(*tokens), grad_NV, self.eps)
-        return logits, grad_NV, kept
+        grad_VN = buffer[: strip.stop - strip.start, : tokens[1] - tokens[0]]
+        kept = self.backend.grad_logits(logits, self.upstream.tokens(*tokens), grad_VN, self.eps)
+        return logits, grad_VN, kept
 
     def _product(
-        self, out: Tensor, grad_NV: Tensor, other: Tensor, kept: Any, *, accumulate: bool
+        self, out: Tensor, grad_VN: Tensor, other: Tensor, kept: Any, accumulate: bool
     ) -> None:
         """out = or += G @ other."""
         if kept is None:
-            add_product(out, grad_NV, other, accumulate=accumulate)
+            add_product(out, grad_VN.t(), other, accumulate=accumulate)
         else:
             self.backend.sparse_product(
-                out, grad_NV, other, kept, transposed=False, accumulate=accumulate
+                out, grad_VN, other, kept, of_input=True, accumulate=accumulate
             )
 
     def _weight_product(
-        self, out: Tensor, grad_NV: Tensor, inputs: Tensor, kept: Any, *, accumulate: bool
+        self, out: Tensor, grad_VN: Tensor, inputs: Tensor, kept: Any, *, accumulate: bool
     ) -> None:
         """out = or += G^T @ inputs, in the scale of G."""
-        if kept is None:
-            add_product(out, grad_NV.t(), inputs, accumulate=accumulate)
-        else:
+        if kept is not None:
             self.backend.sparse_product(
-                out, grad_NV, inputs, kept, transposed=True, accumulate=accumulate
+                out, grad_VN, inputs, kept, of_input=False, accumulate=accumulate
             )
+            return
+        for v0, v1 in blocks(grad_VN.shape[0], _WEIGHT_ROWS):
+            add_product(out[v0:v1], grad_VN[v0:v1], inputs, accumulate=accumulate)
 
     def _add_weight(
         self,
         grad_weight: Tensor,
         strip: _Strip,
-        grad_NV: Tensor,
+        grad_VN: Tensor,
         logits: LocalLogits,
         kept: Any,
         *,
@@ -237,22 +306,27 @@ class _BackwardPass:
         """The strip's rows of dC = or += unscale * G^T E."""
         if self._direct(grad_weight):
             part = grad_weight[strip.start : strip.stop]
-            add_product(part, grad_NV.t(), logits.input, accumulate=accumulate)
+            self._weight_product(part, grad_VN, logits.input, None, accumulate=accumulate)
             return
         shape = (strip.stop - strip.start, logits.shape[2])
-        part = torch.empty(shape, dtype=self.sum_dtype, device=grad_NV.device)
-        self._weight_product(part, grad_NV, logits.input, kept, accumulate=False)
+        part = torch.empty(shape, dtype=self.sum_dtype, device=grad_VN.device)
+        self._weight_product(part, grad_VN, logits.input, kept, accumulate=False)
         if self.unscale is not None:
             part *= self.unscale
         strip.store(grad_weight, part, accumulate=accumulate)
 
-    def _add_bias(self, strip: _Strip, grad_NV: Tensor) -> None:
+    def _add_bias(self, strip: _Strip, grad_VN: Tensor) -> None:
         if self.sinks.bias is None:
             return
-        part = grad_NV.sum(dim=0, dtype=self.sum_dtype)
+        part = grad_VN.sum(dim=1, dtype=self.sum_dtype)
         if self.unscale is not None:
             part *= self.unscale
         strip.store(self.sinks.bias, part, accumulate=True)
+
+
+def _padded(num_tokens: int) -> int:
+    """Row length of G^T: rows start aligned for the tensor memory accelerator."""
+    return -(-num_tokens // 16) * 16
 
 
 def _into_range(
@@ -297,5 +371,6 @@ def gradients(
         return
     if sinks.input is not None:
         sinks.input.zero_()
+        sinks.input_done()
     if sinks.weight is not None and not sinks.accumulate_weight:
         sinks.weight.zero_()

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, overload
 
 from torch import Tensor, nn
 
-from cce_tp.arguments import ReturnStats, Settings, prepare
+from cce_tp.arguments import prepare
 from cce_tp.autograd import LinearCrossEntropyFunction, anchors
 from cce_tp.filtering import GradFilter
+from cce_tp.options import ReturnStats, Settings
 from cce_tp.sharding import VocabShard
 from cce_tp.stats import LossStats
 
@@ -146,21 +147,17 @@ def linear_cross_entropy(
             "workspace_bytes": workspace_bytes,
         },
     )
-    loss_N, *statistics = LinearCrossEntropyFunction.apply(
+    loss, *statistics = LinearCrossEntropyFunction.apply(
         operands.input,
         operands.weight,
         operands.bias,
         operands.target,
         operands.grad_weight_out,
         options,
-        *anchors(operands.input, operands.weight, operands.bias),
+        *anchors(options.compute_dtype, operands.input, operands.weight, operands.bias),
     )
     if settings.reduction == "none":
-        loss = loss_N.view(target.shape)
-    else:
-        loss = loss_N.sum()
-        if settings.reduction == "mean":
-            loss = loss / (operands.target != ignore_index).sum().clamp(min=1)
+        loss = loss.view(target.shape)
     if not settings.return_stats:
         return loss
     shaped = (None if each is None else each.view(target.shape) for each in statistics)

@@ -1,15 +1,18 @@
 """torch.library operators, opaque to torch.compile, with their fake implementations.
 
-Operators exchange tensors and plain numbers only, so each one rebuilds the objects of
-`cce_tp.problem` from its arguments, which come in the order of its schema. They know nothing of
-autograd; `cce_tp.autograd` puts them together.
+Two: the loss of one call, and its gradients; the collectives of a group are inside. Operators
+exchange tensors and plain numbers only, so each one rebuilds the objects of `cce_tp.problem` from
+its arguments, which come in the order of its schema. They know nothing of autograd;
+`cce_tp.autograd` puts them together.
 
-Legend: N tokens, V vocabulary rows of this rank, D hidden size.
+Legend: N tokens (N_local of this rank under sequence parallelism), V vocabulary rows of this rank,
+D hidden size.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +21,7 @@ from torch import Tensor
 from cce_tp import sharding
 from cce_tp.backend import backend
 from cce_tp.backward import GradientSinks, gradients
-from cce_tp.problem import LocalLogits, LogitGradient, statistics_dtype
+from cce_tp.problem import LocalLogits, LogitGradient, LossTerms, statistics_dtype
 from cce_tp.stats import StatRows
 from cce_tp.workspace import default_workspace_bytes
 
@@ -38,19 +41,24 @@ _LOGITS_SCHEMA = (
     "Tensor input, Tensor weight, Tensor? bias, Tensor target, "
     "int first_id, float logit_scale, float? logit_softcap"
 )
-# LogitGradient's fields, likewise.
-_UPSTREAM_FIELDS = ("grad", "max_logit", "log_sum", "z_loss", "label_smoothing", "vocab_size")
-_UPSTREAM_SCHEMA = (
-    "Tensor grad, Tensor max_logit, Tensor log_sum, "
-    "float z_loss, float label_smoothing, int vocab_size"
+# LossTerms' fields, likewise.
+_TERMS_FIELDS = ("reduction", "ignore_index", "label_smoothing", "z_loss", "vocab_size")
+_TERMS_SCHEMA = (
+    "str reduction, int ignore_index, float label_smoothing, float z_loss, int vocab_size"
 )
 _ROWS_SCHEMA = "bool logit_sum, bool entropy, bool argmax"
 
 
-def _split_logits(arguments: tuple[Any, ...]) -> tuple[LocalLogits, tuple[Any, ...]]:
-    count = len(_LOGITS_FIELDS)
-    fields = dict(zip(_LOGITS_FIELDS, arguments[:count], strict=True))
-    return LocalLogits(**fields), arguments[count:]
+def _take(fields: tuple[str, ...], arguments: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
+    """The leading arguments by name, and the rest."""
+    count = len(fields)
+    return dict(zip(fields, arguments[:count], strict=True)), arguments[count:]
+
+
+def _split(arguments: tuple[Any, ...]) -> tuple[LocalLogits, LossTerms, tuple[Any, ...]]:
+    logits, rest = _take(_LOGITS_FIELDS, arguments)
+    terms, rest = _take(_TERMS_FIELDS, rest)
+    return LocalLogits(**logits), LossTerms(**terms), rest
 
 
 def _define(name: str, schema: str, implementation: Any, fake: Any) -> Any:
@@ -65,7 +73,7 @@ def _budget(workspace_bytes: int | None, logits: LocalLogits, vocab_size: int) -
     # Here and not in the caller, where the number of tokens may be symbolic.
     if workspace_bytes is not None:
         return workspace_bytes
-    return default_workspace_bytes(logits.input.shape[0], vocab_size)
+    return default_workspace_bytes(logits.target.shape[0], vocab_size)
 
 
 def _execution_context(tensor: Tensor) -> ExitStack:
@@ -78,75 +86,89 @@ def _execution_context(tensor: Tensor) -> ExitStack:
     return stack
 
 
-def _statistics(*arguments: Any) -> Tensor:
-    logits, (*flags, vocab_size, workspace_bytes, impl) = _split_logits(arguments)
-    budget = _budget(workspace_bytes, logits, vocab_size)
+def _with_all_tokens(logits: LocalLogits, group: str, sequence_parallel: bool) -> LocalLogits:
+    if not sequence_parallel:
+        return logits
+    return replace(logits, input=sharding.gather_tokens(logits.input, group))
+
+
+def _loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits, terms, rest = _split(arguments)
+    *flags, group, sequence_parallel, shard, agreed, numbers, workspace_bytes, impl = rest
+    rows = StatRows(*flags)
+    chosen = backend(impl)
     with _execution_context(logits.input):
-        return backend(impl).statistics(logits, StatRows(*flags), budget)
+        if group:
+            offer = sharding.Agreement(
+                shard=tuple(shard),
+                terms=sharding.agreement_terms(terms.vocab_size, agreed, numbers),
+                num_tokens=logits.target.shape[0],
+            )
+            sharding.agree(group, offer)
+        whole = _with_all_tokens(logits, group, sequence_parallel)
+        budget = _budget(workspace_bytes, logits, terms.vocab_size)
+        packed = chosen.statistics(whole, rows, budget)
+        if group:
+            packed = sharding.merge_over_group(packed, rows, group)
+        made = chosen.token_loss(packed, logits.target, rows, terms)
+    statistics = packed if rows.argmax else packed.new_empty(0)
+    return made.loss, made.normaliser, made.count, statistics
 
 
-def _statistics_fake(*arguments: Any) -> Tensor:
-    logits, (*flags, _, _, _) = _split_logits(arguments)
-    rows, dtype = StatRows(*flags), statistics_dtype(logits.input.dtype)
-    return logits.input.new_empty((rows.count, logits.input.shape[0]), dtype=dtype)
-
-
-def _merge_over_group(
-    packed: Tensor,
-    logit_sum: bool,
-    entropy: bool,
-    argmax: bool,
-    group: str,
-    shard: list[int],
-    terms: str,
-    numbers: list[float],
-) -> Tensor:
-    start, stop, vocab_size = shard
-    offer = sharding.Agreement(
-        shard=(start, stop, vocab_size),
-        terms=sharding.agreement_terms(vocab_size, terms, numbers),
-        num_tokens=packed.shape[1],
+def _loss_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits, terms, (*flags, _, _, _, _, _, _, _) = _split(arguments)
+    rows, num_tokens = StatRows(*flags), logits.target.shape[0]
+    made, reduced = logits.input.new_empty, terms.reduction != "none"
+    dtype = statistics_dtype(logits.input.dtype)
+    return (
+        made(() if reduced else (num_tokens,), dtype=dtype),
+        made((2, num_tokens), dtype=dtype),
+        made(() if reduced else (0,), dtype=torch.int32),
+        made((rows.count, num_tokens) if rows.argmax else (0,), dtype=dtype),
     )
-    sharding.agree(group, offer)
-    with _execution_context(packed):
-        return sharding.merge_over_group(packed, StatRows(logit_sum, entropy, argmax), group)
-
-
-def _merge_over_group_fake(packed: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(packed)
-
-
-def _split_upstream(rest: tuple[Any, ...]) -> tuple[LogitGradient, tuple[Any, ...]]:
-    count = len(_UPSTREAM_FIELDS)
-    fields = dict(zip(_UPSTREAM_FIELDS, rest[:count], strict=True))
-    return LogitGradient(**fields), rest[count:]
 
 
 def _gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    logits, rest = _split_logits(arguments)
-    upstream, (eps, grad_weight_out, dtypes, workspace_bytes, impl) = _split_upstream(rest)
+    logits, terms, rest = _split(arguments)
+    upstream, normaliser, count, eps, grad_weight_out, dtypes, *rest = rest
+    group, sequence_parallel, workspace_bytes, impl = rest
     made = _empty_gradients(logits, dtypes)
     wants_input, wants_weight, wants_bias = (code != NOT_WANTED for code in dtypes)
-    grad_bias = None
-    if wants_bias:
-        grad_bias = torch.zeros_like(made[2], dtype=statistics_dtype(logits.input.dtype))
-    sinks = GradientSinks(
-        input=made[0] if wants_input else None,
-        weight=made[1] if wants_weight else grad_weight_out,
-        bias=grad_bias,
-        accumulate_weight=grad_weight_out is not None,
-    )
-    budget = _budget(workspace_bytes, logits, upstream.vocab_size)
+    chosen = backend(impl)
     with _execution_context(logits.input):
-        gradients(backend(impl), logits, upstream, sinks, eps=eps, workspace_bytes=budget)
+        grad_bias = None
+        if wants_bias:
+            grad_bias = torch.zeros_like(made[2], dtype=statistics_dtype(logits.input.dtype))
+        whole = _with_all_tokens(logits, group, sequence_parallel)
+        partial, scattered = made[0], None
+        if sequence_parallel and wants_input:
+            partial, scattered = made[0].new_empty(whole.input.shape), made[0]
+        reduction = sharding.InputGradReduction(partial, scattered, group)
+        sinks = GradientSinks(
+            input=partial if wants_input else None,
+            weight=made[1] if wants_weight else grad_weight_out,
+            bias=grad_bias,
+            accumulate_weight=grad_weight_out is not None,
+            input_done=reduction.start,
+        )
+        per_token = LogitGradient(
+            grad=chosen.token_gradient(upstream, logits.target, count, terms),
+            max_logit=normaliser[0],
+            log_sum=normaliser[1],
+            z_loss=terms.z_loss,
+            label_smoothing=terms.label_smoothing,
+            vocab_size=terms.vocab_size,
+        )
+        budget = _budget(workspace_bytes, logits, terms.vocab_size)
+        gradients(chosen, whole, per_token, sinks, eps=eps, workspace_bytes=budget)
         if grad_bias is not None:
             made[2].copy_(grad_bias)
+        reduction.wait()
     return made
 
 
 def _gradients_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    logits, rest = _split_logits(arguments)
-    _, (_, _, dtypes, _, _) = _split_upstream(rest)
+    logits, _, (_, _, _, _, _, dtypes, *_) = _split(arguments)
     return _empty_gradients(logits, dtypes)
 
 
@@ -175,38 +197,23 @@ def _empty_gradients(logits: LocalLogits, dtypes: list[int]) -> tuple[Tensor, Te
     )
 
 
-def _sum_over_group(tensor: Tensor, group: str) -> None:
-    sharding.sum_over_group(tensor, group)
-
-
-def _sum_over_group_fake(tensor: Tensor, group: str) -> None:
-    return None
-
-
-# (input, weight, ...) -> packed statistics (rows, N) of this rank's rows.
-statistics = _define(
-    "statistics",
-    f"({_LOGITS_SCHEMA}, {_ROWS_SCHEMA}, int vocab_size, int? workspace_bytes, str impl) -> Tensor",
-    _statistics,
-    _statistics_fake,
+# -> loss, (2, N) normaliser, number of tokens that count, packed statistics (if argmax is asked).
+# In a group the first call with new terms is a handshake.
+loss = _define(
+    "loss",
+    f"({_LOGITS_SCHEMA}, {_TERMS_SCHEMA}, {_ROWS_SCHEMA}, str group, bool sequence_parallel, "
+    "int[] shard, str agreed, float[] numbers, int? workspace_bytes, str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _loss,
+    _loss_fake,
 )
-# Packed statistics of this rank -> of the group; the first call with new terms is a handshake.
-merge_over_group = _define(
-    "merge_over_group",
-    f"(Tensor packed, {_ROWS_SCHEMA}, str group, int[] shard, str terms, "
-    "float[] numbers) -> Tensor",
-    _merge_over_group,
-    _merge_over_group_fake,
-)
-# -> this rank's (dE, dC, dbias); dtypes: three numbers of `dtype_code`, or NOT_WANTED.
-local_gradients = _define(
+# -> (dE, dC, dbias); dtypes: three numbers of `dtype_code`, or NOT_WANTED. dE is summed over the
+# group, if one is named.
+input_weight_gradients = _define(
     "gradients",
-    f"({_LOGITS_SCHEMA}, {_UPSTREAM_SCHEMA}, float? eps, Tensor(a!)? grad_weight_out, "
-    "int[] dtypes, int? workspace_bytes, str impl) -> (Tensor, Tensor, Tensor)",
+    f"({_LOGITS_SCHEMA}, {_TERMS_SCHEMA}, Tensor upstream, Tensor normaliser, Tensor count, "
+    "float? eps, Tensor(a!)? grad_weight_out, int[] dtypes, str group, bool sequence_parallel, "
+    "int? workspace_bytes, str impl) -> (Tensor, Tensor, Tensor)",
     _gradients,
     _gradients_fake,
-)
-# All-reduce in place.
-sum_over_group = _define(
-    "sum_over_group", "(Tensor(a!) tensor, str group) -> ()", _sum_over_group, _sum_over_group_fake
 )

@@ -7,6 +7,7 @@ The logits are x = cap(logit_scale * (E C^T + bias)) with cap(y) = softcap * tan
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +69,39 @@ class LocalLogits:
             target=column_of_target,
             first_id=0,
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossTerms:
+    """How the losses of the tokens are made and joined.
+
+    Attributes:
+        reduction: "none", "sum" or "mean".
+        ignore_index: target value of a token that does not count.
+        label_smoothing, z_loss: coefficients of the loss.
+        vocab_size: global vocabulary size.
+    """
+
+    reduction: str
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    vocab_size: int
+
+
+class TokenLoss(NamedTuple):
+    """What the forward pass leaves.
+
+    Attributes:
+        loss: (N,) for reduction "none", else (); fp32 or fp64.
+        normaliser: (2, N) maximum over the global vocabulary, and log of the sum of exp(x - max);
+            NaN in the second row poisons the token on purpose.
+        count: () int32 number of tokens that are not ignored, at least 1; (0,) for "none".
+    """
+
+    loss: Tensor
+    normaliser: Tensor
+    count: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -47,3 +47,68 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
             out.add_(wide)
         else:
             out.copy_(wide)
+
+
+class InputSum:
+    """Where dE of a token chunk is summed over strips: in fp32, and then rounded once.
+
+    Attributes:
+        parts: (first token, last token + 1, tensor to sum into), tokens counted from the chunk's.
+    """
+
+    def __init__(self, out: Tensor, dtype: torch.dtype, *, in_place: bool, borrow: bool) -> None:
+        """
+        Args:
+            out: (n, D) rows of dE.
+            dtype: of the sum.
+            in_place: one product makes it all, so that `out` itself may take it.
+            borrow: sum the first half of the tokens in the memory of `out`, which is half as wide
+                as the sum; only the other half takes memory of its own.
+        """
+        self._out = out
+        tokens, hidden = out.shape
+        if in_place or out.dtype == dtype:
+            self.parts = [(0, tokens, out)]
+            return
+        half = tokens // 2 if borrow else 0
+        self.parts = []
+        if half:
+            inside = out[: 2 * half].view(-1).view(dtype).view(half, hidden)
+            self.parts.append((0, half, inside))
+        own = torch.empty((tokens - half, hidden), dtype=dtype, device=out.device)
+        self.parts.append((half, tokens, own))
+
+    @staticmethod
+    def can_borrow(out: Tensor | None, dtype: torch.dtype) -> bool:
+        """Whether half of the sums fit into `out`."""
+        return (
+            out is not None
+            and out.is_contiguous()
+            and 2 * out.itemsize == dtype.itemsize
+            and out.shape[0] >= 2
+        )
+
+    def finish(self, unscale: Tensor | None) -> None:
+        """Scale and round the sums into dE."""
+        for n0, n1, total in self.parts:
+            if unscale is not None:
+                total.mul_(unscale)
+            if total.data_ptr() != self._out.data_ptr():
+                self._out[n0:n1].copy_(total)
+            elif total.dtype != self._out.dtype:
+                _narrow_in_place(total, self._out)
+
+
+def _narrow_in_place(total: Tensor, out: Tensor) -> None:
+    """out[:n] = total, where total (n, D) lies at the start of out's memory, twice as wide.
+
+    Row i goes from byte 4 D i to byte 2 D i: on its own old place the first rows, which go through
+    a temporary, and on the place of rows that have moved already all others, in doubling pieces.
+    """
+    tokens = total.shape[0]
+    done = min(16, tokens)
+    out[:done].copy_(total[:done].to(out.dtype))
+    while done < tokens:
+        more = min(done, tokens - done)
+        out[done : done + more].copy_(total[done : done + more])
+        done += more

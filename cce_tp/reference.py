@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cce_tp import stats
-from cce_tp.problem import LocalLogits, LogitGradient, statistics_dtype
+from cce_tp.problem import LocalLogits, LogitGradient, LossTerms, TokenLoss, statistics_dtype
 from cce_tp.stats import StatRows
 from cce_tp.workspace import blocks
 
@@ -68,11 +68,44 @@ def statistics(logits: LocalLogits, rows: StatRows, workspace_bytes: int) -> Ten
     return merged
 
 
+def token_loss(packed_RN: Tensor, target_N: Tensor, rows: StatRows, terms: LossTerms) -> TokenLoss:
+    """Loss and what the backward pass needs, as `kernels.loss.token_loss`."""
+    max_N, target_logit_N = packed_RN[StatRows.MAX], packed_RN[StatRows.TARGET]
+    counted_N = target_N != terms.ignore_index
+    in_vocab_N = (target_N >= 0) & (target_N < terms.vocab_size)
+    log_sum_N = packed_RN[StatRows.SUM_EXP].log()
+    # A target that is no id poisons its token: a NaN loss is seen, a plausible one is not.
+    log_sum_N = torch.where(in_vocab_N | ~counted_N, log_sum_N, torch.nan)
+    # lse - (1 - a) x_target - a mean(x) + z lse^2; differences come before sums.
+    loss_N = log_sum_N + (max_N - target_logit_N)
+    if terms.label_smoothing > 0:
+        mean_N = packed_RN[rows.logit_sum_row] / terms.vocab_size
+        loss_N = loss_N + terms.label_smoothing * (target_logit_N - mean_N)
+    if terms.z_loss > 0:
+        loss_N = loss_N + terms.z_loss * (max_N + log_sum_N) ** 2
+    loss = torch.where(counted_N, loss_N, 0.0)
+    count = torch.empty(0, dtype=torch.int32, device=loss.device)
+    if terms.reduction != "none":
+        loss = loss.sum()
+        count = counted_N.sum(dtype=torch.int32).clamp(min=1)
+    if terms.reduction == "mean":
+        loss = loss / count
+    return TokenLoss(loss, torch.stack([max_N, log_sum_N]), count)
+
+
+def token_gradient(upstream: Tensor, target_N: Tensor, count: Tensor, terms: LossTerms) -> Tensor:
+    """(N,) gradient of the summed loss, as `kernels.loss.token_gradient`."""
+    if terms.reduction == "mean":
+        upstream = upstream / count
+    return torch.where(target_N != terms.ignore_index, upstream, 0.0)
+
+
 def tile_bytes(logits: LocalLogits) -> int:
-    """Temporaries of one gradient tile: a few wide tiles and copies of 16-bit operands."""
+    """Temporaries of one gradient tile: wide tiles, a mask, and copies of 16-bit operands."""
     wide = statistics_dtype(logits.input.dtype)
     copies = logits.input.dtype != wide
-    return wide.itemsize * (4 * TILE_N * TILE_V + copies * (TILE_N + TILE_V) * logits.shape[2])
+    tile = TILE_N * TILE_V
+    return wide.itemsize * (4 * tile + copies * (TILE_N + TILE_V) * logits.shape[2]) + tile
 
 
 def _gradient_tile(logits: LocalLogits, upstream: LogitGradient, eps: float | None) -> Tensor:
@@ -93,9 +126,9 @@ def _gradient_tile(logits: LocalLogits, upstream: LogitGradient, eps: float | No
 
 
 def grad_logits(
-    logits: LocalLogits, upstream: LogitGradient, out_NV: Tensor, eps: float | None
+    logits: LocalLogits, upstream: LogitGradient, out_VN: Tensor, eps: float | None
 ) -> None:
-    """Write the gradient of E C^T, logit_scale included, into `out_NV`; dropped tiles are zeros.
+    """Write G^T, logit_scale included, into `out_VN` (V, N); dropped tiles are zeros.
 
     Returns None: with no list of kept tiles the caller takes dense products.
     """
@@ -104,4 +137,4 @@ def grad_logits(
         block, upstream_block = logits.tokens(n0, n1), upstream.tokens(n0, n1)
         for v0, v1 in blocks(vocab, TILE_V):
             tile = _gradient_tile(block.columns(v0, v1), upstream_block, eps)
-            out_NV[n0:n1, v0:v1] = tile
+            out_VN[v0:v1, n0:n1] = tile.t()

@@ -1,8 +1,10 @@
 """Who owns which rows of the vocabulary, and every collective of the library.
 
 Forward: one all-gather of the packed per-token statistics, merged in rank order, so that all
-ranks hold the same bits. Backward, its counterpart: one all-reduce (sum) of dE. Nothing else in
-`cce_tp` calls torch.distributed.
+ranks hold the same bits. Backward, its counterpart: one all-reduce (sum) of dE. Under sequence
+parallelism, where each rank has a slice of the tokens' hidden states, an all-gather before either
+pass, and a reduce-scatter of dE in place of the all-reduce. Nothing else in `cce_tp` calls
+torch.distributed.
 
 Legend: N tokens, V_local vocabulary rows of this rank, W ranks of the group.
 """
@@ -75,12 +77,16 @@ class VocabShard:
         group: process group over which the vocabulary is split; any subset of ranks. None: no
             group, and the shard is the whole vocabulary.
         reduce_input_grad: sum dE over the group (all-reduce in dE's dtype). False leaves each
-            rank's partial sum, for callers that reduce it themselves (a reduce-scatter under
-            sequence parallelism).
+            rank's partial sum, for callers that reduce it themselves.
+        sequence_parallel: `input` holds this rank's part of the tokens, one of W equal parts along
+            the first dimension, in the order of the group's ranks; `target` and the loss have all
+            of them. The whole is gathered for the forward pass and again for the backward pass, and
+            not kept in between; dE is reduce-scattered.
 
     Raises:
         ValueError: bounds that are not 0 <= start <= stop <= vocab_size with vocab_size >= 1, or
-            a part of the vocabulary without a group.
+            a part of the vocabulary without a group; sequence_parallel without a group or with
+            reduce_input_grad=False.
     """
 
     start: int
@@ -88,6 +94,7 @@ class VocabShard:
     vocab_size: int
     group: dist.ProcessGroup | None = None
     reduce_input_grad: bool = field(default=True, kw_only=True)
+    sequence_parallel: bool = field(default=False, kw_only=True)
     group_name: str = field(init=False, repr=False, default="")
 
     def __post_init__(self) -> None:
@@ -101,6 +108,12 @@ class VocabShard:
             raise ValueError(
                 "start, stop: expected 0 <= start <= stop <= vocab_size, got "
                 f"start={self.start}, stop={self.stop}, vocab_size={self.vocab_size}"
+            )
+        if self.sequence_parallel and (self.group is None or not self.reduce_input_grad):
+            raise ValueError(
+                "sequence_parallel: expected False without a process group or with "
+                f"reduce_input_grad=False, got group={self.group!r}, "
+                f"reduce_input_grad={self.reduce_input_grad}"
             )
         if self.group is None:
             if (self.start, self.stop) != (0, self.vocab_size):
@@ -120,6 +133,11 @@ class VocabShard:
     def num_rows(self) -> int:
         """Rows on this rank."""
         return self.stop - self.start
+
+    @property
+    def token_parts(self) -> int:
+        """Into how many parts, one per rank, `input` is cut along its first dimension."""
+        return self.group.size() if self.sequence_parallel and self.group is not None else 1
 
     @classmethod
     def even(cls, vocab_size: int, group: dist.ProcessGroup | None = None) -> VocabShard:
@@ -262,6 +280,13 @@ def agree(group_name: str, offer: Agreement) -> None:
     entry.agreed.add(key)
 
 
+# torch 2.13 renames these two.
+_all_gather_whole: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_whole: Any = (
+    getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
+
+
 def merge_over_group(packed_RN: Tensor, rows: StatRows, group_name: str) -> Tensor:
     """Join the ranks' packed statistics: one all-gather, merged in rank order on every rank.
 
@@ -273,10 +298,46 @@ def merge_over_group(packed_RN: Tensor, rows: StatRows, group_name: str) -> Tens
     """
     group = _entry(group_name).group
     gathered_WRN = packed_RN.new_empty((group.size(), *packed_RN.shape))
-    dist.all_gather(list(gathered_WRN.unbind(0)), packed_RN.contiguous(), group=group)
+    _all_gather_whole(gathered_WRN.flatten(0, 1), packed_RN.contiguous(), group=group)
     return stats.merge(gathered_WRN, rows)
 
 
-def sum_over_group(tensor: Tensor, group_name: str) -> None:
-    """All-reduce (sum) in place; pairs with the replicated `input` of the forward pass."""
-    dist.all_reduce(tensor, group=_entry(group_name).group)
+def gather_tokens(local: Tensor, group_name: str) -> Tensor:
+    """(N / W, D) of every rank -> (N, D) in rank order; pairs with `InputGradReduction`."""
+    group = _entry(group_name).group
+    whole = local.new_empty((group.size() * local.shape[0], local.shape[1]))
+    _all_gather_whole(whole, local.contiguous(), group=group)
+    return whole
+
+
+class InputGradReduction:
+    """The sum of dE over the group, started as soon as dE is complete, beside what is left to do.
+
+    Pairs with the replicated `input` of the forward pass (all-reduce, in place), or with
+    `gather_tokens` (reduce-scatter).
+    """
+
+    def __init__(self, partial: Tensor, out: Tensor | None, group_name: str) -> None:
+        """
+        Args:
+            partial: (N, D) this rank's part of dE, to be filled before `start`.
+            out: (N / W, D) for this rank's tokens of the sum; None: `partial` takes the whole sum.
+            group_name: registered name, or "" to leave the partial sum.
+        """
+        self._partial, self._out, self._group_name = partial, out, group_name
+        self._work: Any = None
+
+    def start(self) -> None:
+        """Enqueue the collective, asynchronously."""
+        if not self._group_name:
+            return
+        group = _entry(self._group_name).group
+        if self._out is None:
+            self._work = dist.all_reduce(self._partial, group=group, async_op=True)
+        else:
+            self._work = _reduce_scatter_whole(self._out, self._partial, group=group, async_op=True)
+
+    def wait(self) -> None:
+        """Make the result visible to the current stream."""
+        if self._work is not None:
+            self._work.wait()

@@ -1,31 +1,49 @@
 """How the backward pass cuts its work so that its temporaries fit a number of bytes.
 
-The gradient of the logits exists only as a buffer of (token chunk, vocabulary strip). One pass
-over all strips with every token in the chunk gives both dE and dC for one recomputation of the
-logits; it needs an fp32 accumulator for dE. Where that does not fit, tokens are taken in chunks,
-and a 16-bit dC, which must not be summed over chunks in 16 bits, gets a second pass of its own
-(one more recomputation), with strips outside and tokens inside.
+The gradient of the logits, G, exists only for (token chunk, vocabulary strip) rectangles. There are
+several ways to walk the (tokens, vocabulary) plane; each is priced in bytes moved beyond what no
+way can avoid, and the cheapest that fits is taken:
+
+- `TokenWalk`, all tokens at once: every strip's dC is complete at once, dE is summed over the
+  strips in an fp32 accumulator. While most of dC is still to be written, its memory holds G (the
+  strip is "lent"), so that strips are much wider than the workspace alone would allow.
+- `TokenWalk`, the whole vocabulary per token chunk: dE is complete at once, dC is summed over the
+  chunks where it is stored; needs a dC in fp32.
+- `TokenWalk`, both cut: the smallest buffers.
+- `WholeWalk`: all of G^T in the memory of dC (N <= D), neither sum is needed; each strip of G^T is
+  copied out before its dC is written over it.
+- two passes, one for dE and one for dC (`StripWalk`): one more recomputation of the logits.
 
 Legend: N tokens, V vocabulary rows of this rank, D hidden size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 MIB = 1 << 20
 MIN_WORKSPACE_BYTES = 1 * MIB
 _DEFAULT_FLOOR_BYTES = 16 * MIB
 _DEFAULT_SHARE = 0.05
-# The wider the strip, the fewer times dE's accumulator is read and written; wider was not tried.
-_WIDEST_STRIP = 8192
 _STRIP_STEP = 256
 _TOKEN_STEP = 128
-# Below this width the products are so slow that memory is better spent on a second recomputation.
-_NARROWEST_GOOD_STRIP = 512
+# A buffer of G is never wider than this; beyond, dE's accumulator is no longer what costs.
+_WIDEST_BUFFER = 32768
+# Where dC lends its memory, the buffer is for the last strips only: this many columns.
+_LAST_STRIPS = 2048
+# Starts of lent rectangles are aligned for the tensor memory accelerator.
+ALIGNMENT = 128
 # Vectors of one number per token (statistics, losses, their intermediate values) that live beside
 # the buffers.
 _BYTES_PER_TOKEN = 64
+# Operations that a Hopper GPU does in the time in which it moves one byte (650 TFLOP/s, 4 TB/s).
+_FLOPS_PER_BYTE = 160
+# Products lose about this many rows' worth of time at an edge (measured: 5% at 2048 columns).
+_EDGE = 100
+# Two products of half the tokens each instead of one (measured: 0% to 4%).
+_HALVES = 0.03
 
 
 def for_buffers(workspace_bytes: int, num_tokens: int) -> int:
@@ -38,61 +56,121 @@ def default_workspace_bytes(num_tokens: int, vocab_size: int) -> int:
     return max(_DEFAULT_FLOOR_BYTES, int(_DEFAULT_SHARE * 2 * num_tokens * vocab_size))
 
 
-@dataclass(frozen=True, slots=True)
-class Walk:
-    """Sizes of one pass over the (tokens, vocabulary) rectangle.
-
-    Attributes:
-        chunk: tokens per gradient buffer.
-        strip: vocabulary columns per gradient buffer, a multiple of 16 or all of them.
-    """
-
-    chunk: int
-    strip: int
-
-
 def blocks(size: int, step: int) -> list[tuple[int, int]]:
     """[0, size) in pieces of `step`."""
     return [(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-@dataclass(frozen=True, slots=True)
-class BackwardPlan:
-    """Passes of one backward call.
-
-    Attributes: input: the pass that makes dE, or None if dE is not wanted. weight: the pass that
-        makes dC alone, or None if the first pass makes it or it is not wanted.
-    """
-
-    input: Walk | None
-    weight: Walk | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackwardSizes:
     """What the plan depends on, in elements and bytes.
 
-    Attributes: tokens, vocab: N, V (local). element: bytes per element of the gradient buffer.
-        token_row: bytes per token of a chunk beside the buffer (dE's accumulator). strip_row:
-        bytes per vocabulary row of a strip beside the buffer (gathered rows). weight_row: bytes
-        per vocabulary row of a strip where a step makes dC (its temporaries). weight_accumulator:
-        bytes per vocabulary row of dC's own accumulator. weight_accumulates: whether dC may be
-        summed over token chunks where it is stored (fp32, fp64). fixed: bytes that live during
-        the whole pass and do not depend on the cut. need_input, need_weight: which gradients are
-        wanted.
+    Attributes:
+        tokens, vocab, hidden: N, V (local), D.
+        element: bytes per element of G in a buffer, with the copies that products make of it.
+        token_row: bytes per token of dE's accumulator, 0 where dE itself takes the sum.
+        single_row: bytes per token of dE's temporary where one product makes it.
+        can_borrow: whether half of dE's accumulator fits into dE's own memory.
+        strip_row: bytes per vocabulary row of a strip beside the buffer (gathered rows).
+        weight_row: bytes per vocabulary row of a strip where a step makes dC (its temporaries).
+        weight_accumulator: bytes per vocabulary row of dC's own accumulator.
+        weight_accumulates: whether dC may be summed over token chunks where it is stored.
+        lent_row: bytes per vocabulary row of dC that may hold G while dC is not written, or 0.
+        gradient_row: bytes per vocabulary row of G^T for all tokens.
+        fixed: bytes that live during the whole pass and do not depend on the cut.
+        need_input, need_weight: which gradients are wanted.
     """
 
     tokens: int
     vocab: int
+    hidden: int
     element: int
     token_row: int
+    single_row: int
+    can_borrow: bool
     strip_row: int
     weight_row: int
     weight_accumulator: int
     weight_accumulates: bool
+    lent_row: int
+    gradient_row: int
     fixed: int
     need_input: bool
     need_weight: bool
+
+    @property
+    def gemm(self) -> int:
+        """One product of the whole size, in bytes moved in the same time."""
+        return 2 * self.tokens * self.vocab * self.hidden // _FLOPS_PER_BYTE
+
+    def edges(self, *extents: float) -> int:
+        """Price of products with short sides."""
+        return int(self.gemm * sum(_EDGE / extent for extent in extents))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenWalk:
+    """Token chunks outside, strips inside: dE, and dC with `weight`.
+
+    Attributes:
+        chunk: tokens per rectangle.
+        strip: columns that the buffer holds, a multiple of 16 or all of them.
+        weight: whether this walk makes dC.
+        lent: strips are as wide as the memory of dC that they leave unwritten allows.
+        borrow: half of dE's accumulator lies in dE itself.
+    """
+
+    chunk: int
+    strip: int
+    weight: bool
+    lent: bool = False
+    borrow: bool = False
+
+    def strips(self, sizes: BackwardSizes) -> Iterator[tuple[int, int]]:
+        """(start, stop) of each strip."""
+        start = 0
+        while start < sizes.vocab:
+            width = self.strip
+            if self.lent:
+                width = max(width, _lent_width(sizes, sizes.vocab - start))
+            yield start, min(start + width, sizes.vocab)
+            start += width
+
+
+def _lent_width(sizes: BackwardSizes, rows_left: int) -> int:
+    """Columns of the widest strip whose G fits into the rows of dC after its own."""
+    room = rows_left * sizes.lent_row - ALIGNMENT
+    width = room // (sizes.gradient_row + sizes.lent_row)
+    return max(0, width - width % _STRIP_STEP)
+
+
+@dataclass(frozen=True, slots=True)
+class StripWalk:
+    """Strips outside, token chunks inside: dC alone, summed in fp32 if there are several chunks.
+
+    Attributes:
+        strip: columns per rectangle.
+        chunk: tokens per rectangle.
+    """
+
+    strip: int
+    chunk: int
+
+
+@dataclass(frozen=True, slots=True)
+class WholeWalk:
+    """All of G^T in the memory of dC.
+
+    Attributes:
+        strip: vocabulary rows copied out at a time.
+        chunk: tokens per product of dE.
+    """
+
+    strip: int
+    chunk: int
+
+
+Walk = TokenWalk | StripWalk | WholeWalk
 
 
 def _fit(available: int, per_unit: int, size: int, step: int) -> int:
@@ -102,47 +180,132 @@ def _fit(available: int, per_unit: int, size: int, step: int) -> int:
     return min(count, size)
 
 
-def plan_backward(sizes: BackwardSizes, workspace_bytes: int) -> BackwardPlan:
-    """Cut the backward pass to `workspace_bytes` of temporaries.
+@functools.lru_cache(maxsize=256)
+def plan_backward(sizes: BackwardSizes, workspace_bytes: int) -> tuple[Walk, ...]:
+    """The walks of one backward call, one after the other, in `workspace_bytes` of temporaries.
 
     No cut goes below 16 tokens by 16 rows, which a cap near the smallest allowed may not hold.
     """
     available = for_buffers(workspace_bytes, sizes.tokens)
     available -= min(sizes.fixed, 3 * available // 4)
-    # Half of the vocabulary at most: however small the problem, nothing is as large as its logits.
-    widest = min(_WIDEST_STRIP, max(16, -(-sizes.vocab // 32) * 16), sizes.vocab)
-    good = min(_NARROWEST_GOOD_STRIP, widest)
-
-    def strip_for(chunk: int, room: int, row: int) -> int:
-        return min(_fit(room, chunk * sizes.element + row, sizes.vocab, _STRIP_STEP), widest)
-
-    def fits(room: int, row: int) -> bool:
-        return room >= good * (sizes.tokens * sizes.element + row)
-
-    both_rows = sizes.strip_row + (sizes.weight_row if sizes.need_weight else 0)
-    if sizes.need_input:
-        left = available - sizes.tokens * sizes.token_row
-        if fits(left, both_rows):
-            return BackwardPlan(Walk(sizes.tokens, strip_for(sizes.tokens, left, both_rows)), None)
-        one_pass = not sizes.need_weight or sizes.weight_accumulates
-        row = both_rows if one_pass else sizes.strip_row
-        # Half the bytes for what a token chunk holds, half for its gradient buffer.
-        chunk = _fit(
-            available // 2, max(sizes.token_row, good * sizes.element), sizes.tokens, _TOKEN_STEP
-        )
-        walk = Walk(chunk, strip_for(chunk, available - chunk * sizes.token_row, row))
-        return BackwardPlan(walk, None if one_pass else _weight_walk(sizes, available, widest))
-    return BackwardPlan(None, _weight_walk(sizes, available, widest))
+    if not sizes.need_input:
+        return (_weight_only(sizes, available),)
+    found: list[tuple[int, tuple[Walk, ...]]] = []
+    for chunk in _chunks(sizes, available):
+        for borrow in (False, True) if sizes.can_borrow else (False,):
+            if sizes.need_weight and (chunk == sizes.tokens or sizes.weight_accumulates):
+                found += _token_walk(sizes, available, chunk, weight=True, borrow=borrow)
+            if not sizes.need_weight:
+                found += _token_walk(sizes, available, chunk, weight=False, borrow=borrow)
+    if sizes.need_weight:
+        found += _whole_walk(sizes, available)
+        found += _two_passes(sizes, available)
+    if not found:
+        # The least that there is; plans that fit are preferred, however slow.
+        chunk = min(16, sizes.tokens)
+        return _least(sizes, available, chunk)
+    return min(found, key=lambda each: each[0])[1]
 
 
-def _weight_walk(sizes: BackwardSizes, available: int, widest: int) -> Walk:
+def _chunks(sizes: BackwardSizes, available: int) -> list[int]:
+    """Token chunks to try: all, halves of it, and the one that the whole vocabulary allows."""
+    found, chunk = [], sizes.tokens
+    while True:
+        found.append(chunk)
+        if chunk <= 16:
+            break
+        chunk = max(16, -(-chunk // 32) * 16)
+    row = sizes.vocab * sizes.element + sizes.single_row
+    whole = _fit(available - sizes.vocab * sizes.strip_row, row, sizes.tokens, _TOKEN_STEP)
+    # Equal chunks: a short last one would be as slow as a long one.
+    count = -(-sizes.tokens // whole)
+    found.append(min(sizes.tokens, -(-sizes.tokens // (16 * count)) * 16))
+    return sorted(set(found), reverse=True)
+
+
+def _widest(sizes: BackwardSizes, chunk: int) -> int:
+    """Columns of the widest buffer: however small the problem, none is as large as its logits."""
+    if 2 * chunk <= sizes.tokens:
+        return sizes.vocab
+    return min(_WIDEST_BUFFER, max(16, -(-sizes.vocab // 32) * 16), sizes.vocab)
+
+
+def _token_walk(
+    sizes: BackwardSizes, available: int, chunk: int, *, weight: bool, borrow: bool
+) -> list[tuple[int, tuple[Walk, ...]]]:
+    """The walk with this chunk and its price, if it fits."""
+    row = sizes.strip_row + (sizes.weight_row if weight else 0)
+    widest = _widest(sizes, chunk)
+    whole = chunk * (sizes.vocab * sizes.element + sizes.single_row) + sizes.vocab * row
+    if widest == sizes.vocab and whole <= available and not borrow:
+        walk = TokenWalk(chunk=chunk, strip=sizes.vocab, weight=weight)
+        return [(_price(sizes, walk), (walk,))]
+    sums = chunk * sizes.token_row // (2 if borrow else 1)
+    room = available - sums
+    per_column = chunk * sizes.element + row
+    if room < min(16, sizes.vocab) * per_column:
+        return []
+    lent = weight and chunk == sizes.tokens and sizes.lent_row > 0 and sizes.weight_row == 0
+    limit = min(widest, _LAST_STRIPS) if lent else widest
+    strip = min(_fit(room, per_column, sizes.vocab, _STRIP_STEP), limit)
+    walk = TokenWalk(chunk=chunk, strip=strip, weight=weight, lent=lent, borrow=borrow)
+    return [(_price(sizes, walk), (walk,))]
+
+
+def _price(sizes: BackwardSizes, walk: TokenWalk) -> int:
+    chunks = -(-sizes.tokens // walk.chunk)
+    strips = sum(1 for _ in walk.strips(sizes)) if walk.lent else -(-sizes.vocab // walk.strip)
+    wide = 8 * sizes.hidden  # bytes to read and write a row of fp32 numbers
+    price = (strips - 1) * sizes.tokens * wide + sizes.edges(walk.chunk, sizes.vocab / strips)
+    if walk.weight:
+        price += (chunks - 1) * sizes.vocab * wide
+    return price + int(walk.borrow * _HALVES * sizes.gemm)
+
+
+def _whole_walk(sizes: BackwardSizes, available: int) -> list[tuple[int, tuple[Walk, ...]]]:
+    if not 0 < sizes.gradient_row <= sizes.lent_row:
+        return []
+    per_row = sizes.gradient_row + sizes.weight_row
+    widest = max(16, -(-sizes.vocab // 32) * 16)
+    strip = min(_fit(available, per_row, sizes.vocab, _STRIP_STEP), widest, 2 * _LAST_STRIPS)
+    if strip * per_row > available:
+        return []
+    chunk = sizes.tokens
+    if sizes.single_row:
+        chunk = _fit(available, sizes.single_row, sizes.tokens, _TOKEN_STEP)
+    price = 2 * sizes.vocab * sizes.gradient_row + sizes.edges(chunk, strip) // 2
+    return [(price, (WholeWalk(strip, chunk),))]
+
+
+def _two_passes(sizes: BackwardSizes, available: int) -> list[tuple[int, tuple[Walk, ...]]]:
+    alone = replace(sizes, need_weight=False)
+    found: list[tuple[int, tuple[Walk, ...]]] = []
+    for chunk in _chunks(alone, available):
+        found += _token_walk(alone, available, chunk, weight=False, borrow=False)
+    if not found:
+        return []
+    price, walks = min(found, key=lambda each: each[0])
+    return [(price + sizes.gemm, (*walks, _weight_only(sizes, available)))]
+
+
+def _weight_only(sizes: BackwardSizes, available: int) -> Walk:
+    """dC alone."""
     row = sizes.strip_row + sizes.weight_row
-    strip = min(
-        _fit(available, sizes.tokens * sizes.element + row, sizes.vocab, _STRIP_STEP), widest
-    )
-    if strip >= min(_NARROWEST_GOOD_STRIP, widest):
-        return Walk(sizes.tokens, strip)
+    per_column = sizes.tokens * sizes.element + row
+    widest = _widest(sizes, sizes.tokens)
+    strip = min(_fit(available, per_column, sizes.vocab, _STRIP_STEP), widest)
+    good = min(_STRIP_STEP, widest)
+    if strip >= good and strip * per_column <= available:
+        return StripWalk(strip, sizes.tokens)
     row += sizes.weight_accumulator
     strip = min(_fit(available // 2, row, sizes.vocab, _STRIP_STEP), widest)
     chunk = _fit(available - strip * row, strip * sizes.element, sizes.tokens, _TOKEN_STEP)
-    return Walk(chunk, strip)
+    return StripWalk(strip, chunk)
+
+
+def _least(sizes: BackwardSizes, available: int, chunk: int) -> tuple[Walk, ...]:
+    strip = min(16, sizes.vocab)
+    if sizes.need_weight and not sizes.weight_accumulates:
+        walk = TokenWalk(chunk=chunk, strip=strip, weight=False)
+        return walk, _weight_only(sizes, available)
+    return (TokenWalk(chunk=chunk, strip=strip, weight=sizes.need_weight),)

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from cce_tp import LossStats, VocabShard, linear_cross_entropy
 from megatron_integration.config import CceConfig
@@ -47,7 +45,7 @@ class HeadCall:
 
     @property
     def shard(self) -> VocabShard:
-        """This rank's rows; dE is summed by the loss unless somebody else does it."""
+        """This rank's rows, and what becomes of dE: summed, reduce-scattered, or left partial."""
         rows, vocab_size = self.layer.output_size_per_partition, self.layer.output_size
         if self.group is None:
             return VocabShard(0, rows, rows)
@@ -57,7 +55,9 @@ class HeadCall:
             start + rows,
             vocab_size,
             self.group,
-            reduce_input_grad=not self.sequence_parallel and not self.layer.disable_grad_reduce,
+            # Megatron's disable_grad_reduce concerns the all-reduce alone.
+            reduce_input_grad=self.sequence_parallel or not self.layer.disable_grad_reduce,
+            sequence_parallel=self.sequence_parallel,
         )
 
     def shape(self) -> torch.Size:
@@ -98,36 +98,6 @@ def fused_loss(
         "return_stats": return_stats,
         "workspace_bytes": config.workspace_bytes,
     }
-    if call.sequence_parallel and call.group is not None:
-        hidden = gather_from_sequence_parallel_region(call.input, group=call.group)
-        with _regathered_in_backward(hidden, call.input, call.group):
-            result = linear_cross_entropy(hidden, weight, labels_sb, **options)
-    else:
-        result = linear_cross_entropy(call.input, weight, labels_sb, **options)
+    result = linear_cross_entropy(call.input, weight, labels_sb, **options)
     loss, stats = result if return_stats else (result, None)
     return loss.transpose(0, 1).contiguous(), stats
-
-
-def _regathered_in_backward(gathered: Tensor, local: Tensor, group: Any) -> saved_tensors_hooks:
-    """Keep the rank's own (s / tp, b, h) part for backward, and gather again there.
-
-    Stock Megatron does the same: the gathered input is tp times larger and would stay alive from
-    the forward to the backward pass.
-    """
-    storage = gathered.untyped_storage().data_ptr()
-    local = local.detach()
-
-    def pack(tensor: Tensor) -> Any:
-        if tensor.untyped_storage().data_ptr() != storage or tensor.numel() == 0:
-            return tensor
-        return tensor.shape, tensor.dtype
-
-    def unpack(packed: Any) -> Tensor:
-        if isinstance(packed, Tensor):
-            return packed
-        shape, dtype = packed
-        with torch.no_grad():
-            whole = gather_from_sequence_parallel_region(local, group=group)
-        return whole.to(dtype).view(shape)
-
-    return saved_tensors_hooks(pack, unpack)

@@ -23,7 +23,7 @@ from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import cce_tp
-from cce_tp import arguments
+from cce_tp import options
 from cce_tp.kernels import tuning
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -142,7 +142,7 @@ def main(capability: int) -> None:
         compiler.label = {"dtype": name, "variant": f"{features}-{kind}-{hidden}"}
         with (
             mock.patch.object(JITFunction, "run", run),
-            mock.patch.object(arguments, "_why_not_triton", lambda *_: None),
+            mock.patch.object(options, "_why_not_triton", lambda *_: None),
             mock.patch.object(tuning, "config_for", lambda *_, c=config: (c, 128)),
             mock.patch.object(tuning, "use_descriptors", lambda *_, d=descriptors: d),
         ):

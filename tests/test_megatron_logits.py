@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -230,55 +231,32 @@ def test_config_logger(tmp_path: Any) -> None:
     assert any(tmp_path.iterdir())
 
 
-class _Allocations(torch.utils._python_dispatch.TorchDispatchMode):
-    """Weak references to all storage that is made, not given, while this is open."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, tuple[Any, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        from torch.multiprocessing.reductions import StorageWeakRef
-
-        leaves = torch.utils._pytree.tree_leaves
-        given = {
-            each.untyped_storage().data_ptr()
-            for each in leaves((args, kwargs))
-            if isinstance(each, Tensor)
-        }
-        out = func(*args, **(kwargs or {}))
-        for leaf in leaves(out):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in given:
-                storage = leaf.untyped_storage()
-                reference = StorageWeakRef(storage)
-                self.storages[reference.cdata] = (reference, storage.nbytes())
-        return out
-
-    def alive(self) -> list[int]:
-        """Bytes of each storage that still exists."""
-        return [size for reference, size in self.storages.values() if not reference.expired()]
-
-
 def _kept(rank: Any) -> list[str]:
-    wrong = []
-    with model_parallel(tp=2):
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    from cce_tp import sharding
+
+    gather, gathered = sharding.gather_tokens, []
+
+    def watched(local: Tensor, group_name: str) -> Tensor:
+        whole = gather(local, group_name)
+        gathered.append((tuple(whole.shape), StorageWeakRef(whole.untyped_storage())))
+        return whole
+
+    with model_parallel(tp=2), mock.patch.object(sharding, "gather_tokens", watched):
         case = Case(sequence_parallel=True, hidden=64, vocab=512)
         batch, model = batch_of(case), install_cce(build(case))
-        compute, mode = model.compute_language_model_loss, _Allocations()
-
-        def watched(labels: Tensor, logits: Any) -> Tensor:
-            with mode:
-                return compute(labels, logits)
-
-        model.compute_language_model_loss = watched
         loss = forward(model, batch, case)
-        tokens = case.seq * case.batch
-        kept = [size for size in mode.alive() if size >= tokens * case.hidden * 4]
-        if not any(size >= tokens * case.hidden * 4 for _, size in mode.storages.values()):
-            wrong.append(f"rank {rank.rank}: nothing was gathered: this test shows nothing")
-        if kept:
-            wrong.append(f"rank {rank.rank}: {kept} bytes stay, gathered input {tokens * 256}")
+        alive = [shape for shape, reference in gathered if not reference.expired()]
+        shapes = [shape for shape, _ in gathered]
         loss.sum().backward()
+    wrong = []
+    if shapes != [(case.seq * case.batch, case.hidden)]:
+        wrong.append(f"rank {rank.rank}: gathered {shapes} in the forward pass")
+    if alive:
+        wrong.append(f"rank {rank.rank}: {alive} stays between the passes")
+    if len(gathered) != 2:
+        wrong.append(f"rank {rank.rank}: gathered {len(gathered)} times in all, not twice")
     return wrong
 
 

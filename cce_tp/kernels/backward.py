@@ -1,10 +1,14 @@
 """Backward pass: the logits' gradient of a strip, and block-sparse products with it.
 
 The exact path needs kernel 1 only: it recomputes the logits of a strip of the vocabulary and
-writes their gradient G to a small buffer; library products take it from there
+writes their gradient, transposed, to a buffer; library products take it from there
 (`cce_tp.backward`). With the paper's filter kernel 1 also decides which tiles of G to keep, and
 kernel 2 multiplies the kept tiles alone. Every output element has one writer: no locks, no
 atomics.
+
+G^T is stored, (V, N), and not G: the rows of a vocabulary row's dC are then contiguous, so that
+G^T can live in the memory of dC itself, and the transposed store is the faster one on Hopper
+(1.05 against 1.11 gemm at 8192 x 2304 x 256000).
 
 Legend: N tokens, V vocabulary columns of the strip, D hidden size.
 """
@@ -19,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cce_tp.kernels import tuning
-from cce_tp.kernels.launch import logits_arguments, matrix_argument, tiling_arguments
+from cce_tp.kernels.launch import launch, logits_arguments, matrix_argument, tiling_arguments
 from cce_tp.kernels.tile import (
     LOG2E,
     dot_tile,
@@ -58,6 +62,7 @@ def grad_logits_kernel(
     eps,
     NUM_PROGRAMS: tl.constexpr,
     FILTER: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
     HAS_Z_LOSS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -70,7 +75,7 @@ def grad_logits_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
-    """out: (N, V), inputs' dtype; kept_ptr: (token blocks, tiles) int32, FILTER only."""
+    """out: G^T, (V, N), inputs' dtype; kept_ptr: (token blocks, tiles) int32, FILTER only."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_v = tl.cdiv(V, BLOCK_V)
     for tile in tl.range(tl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS, flatten=True):
@@ -89,9 +94,12 @@ def grad_logits_kernel(
         g = tl.exp2((x - max_x[:, None]) * LOG2E - (log_sum * LOG2E)[:, None])
         if HAS_Z_LOSS:
             g *= (1.0 + 2.0 * z_loss * (max_x + log_sum))[:, None]
-        g -= uniform_weight
+        if HAS_SMOOTHING:
+            g -= uniform_weight
         target = target_column(target_ptr, rows, N, first_id, V) - block_v * BLOCK_V
-        g -= tl.where(in_tile[None, :] == target[:, None], onehot_weight, 0.0)
+        # Most tiles hold no target: a branch costs less than a comparison per element.
+        if tl.max(((target >= 0) & (target < BLOCK_V)).to(tl.int32), axis=0) > 0:
+            g -= tl.where(in_tile[None, :] == target[:, None], onehot_weight, 0.0)
         if HAS_SOFTCAP:
             capped = x / logit_softcap
             g *= 1.0 - capped * capped
@@ -112,8 +120,8 @@ def grad_logits_kernel(
         else:
             g = g.to(out.dtype.element_ty)
         store_tile(
-            out, block_n * BLOCK_N, block_v * BLOCK_V, N, V, stride_out, g,
-            BLOCK_N, BLOCK_V, OUT_DESCRIPTOR,
+            out, block_v * BLOCK_V, block_n * BLOCK_N, V, N, stride_out, tl.trans(g),
+            BLOCK_V, BLOCK_N, OUT_DESCRIPTOR,
         )  # fmt: skip
 
 
@@ -187,18 +195,18 @@ class KeptTiles:
 
 
 def grad_logits(
-    logits: LocalLogits, upstream: LogitGradient, out_NV: Tensor, eps: float | None
+    logits: LocalLogits, upstream: LogitGradient, out_VN: Tensor, eps: float | None
 ) -> KeptTiles | None:
     """Gradient of E C^T for a strip: d loss / d x, times the cap's derivative and logit_scale.
 
     Args:
         logits: N tokens against the V columns of the strip.
         upstream: gradient and global statistics of the same tokens.
-        out_NV: (N, V) in the inputs' dtype, last dim contiguous; every element is written.
+        out_VN: (V, N) in the inputs' dtype, last dim contiguous; G^T, every element is written.
         eps: threshold of the paper's filter, or None for all of G.
 
     Returns:
-        The kept tiles with a filter (dropped ones are zeros in out_NV), else None.
+        The kept tiles with a filter (dropped ones are zeros in out_VN), else None.
     """
     num_tokens, vocab, _ = logits.shape
     tiling = tiling_arguments(logits, tuning.use_descriptors(logits.input, logits.weight))
@@ -208,22 +216,25 @@ def grad_logits(
         shape = (triton.cdiv(num_tokens, block_n), triton.cdiv(vocab, block_v))
         mask = torch.empty(shape, dtype=torch.int32, device=logits.input.device)
         kept = KeptTiles(mask, block_n, block_v)
-    out_descriptor = tuning.use_descriptors(out_NV)
+    out_descriptor = tuning.use_descriptors(out_VN)
     tiles = triton.cdiv(num_tokens, block_n) * triton.cdiv(vocab, block_v)
-    grad_logits_kernel[(min(tiling["NUM_PROGRAMS"], tiles),)](
+    launch(
+        grad_logits_kernel,
+        min(tiling["NUM_PROGRAMS"], tiles),
         target_ptr=logits.target,
         first_id=logits.first_id,
         grad_ptr=upstream.grad,
         max_ptr=upstream.max_logit,
         log_sum_ptr=upstream.log_sum,
-        out=matrix_argument(out_NV, block_n, block_v, out_descriptor),
+        out=matrix_argument(out_VN, block_v, block_n, out_descriptor),
         kept_ptr=None if kept is None else kept.mask,
-        stride_out=out_NV.stride(0),
+        stride_out=out_VN.stride(0),
         z_loss=float(upstream.z_loss),
         onehot_weight=float(upstream.onehot_weight),
         uniform_weight=float(upstream.uniform_weight),
         eps=0.0 if eps is None else float(eps),
         FILTER=eps is not None,
+        HAS_SMOOTHING=upstream.label_smoothing != 0.0,
         HAS_Z_LOSS=upstream.z_loss != 0.0,
         OUT_DESCRIPTOR=out_descriptor,
         **logits_arguments(logits),
@@ -234,44 +245,44 @@ def grad_logits(
 
 def sparse_product(
     out: Tensor,
-    grad_NV: Tensor,
+    grad_VN: Tensor,
     other: Tensor,
     kept: KeptTiles,
     *,
-    transposed: bool,
+    of_input: bool,
     accumulate: bool,
 ) -> None:
-    """out = or += G @ other, or G^T @ other with `transposed`, over the kept tiles of G alone.
+    """out = or += G @ other with `of_input`, else G^T @ other, over the kept tiles of G alone.
 
     Args:
-        out: (N, D) fp32, or (V, D) fp32 with `transposed`.
-        grad_NV: (N, V) gradient strip.
-        other: (V, D) classifier rows of the strip, or (N, D) inputs with `transposed`.
-        kept: which tiles of grad_NV are not zero.
-        transposed: multiply by G^T.
+        out: (N, D) fp32 with `of_input`, else (V, D) fp32.
+        grad_VN: (V, N) gradient strip, G^T.
+        other: (V, D) classifier rows of the strip with `of_input`, else (N, D) inputs.
+        kept: which tiles of G are not zero.
+        of_input: make a part of dE and not of dC.
         accumulate: add to `out`.
     """
-    mask = kept.mask.t().contiguous() if transposed else kept.mask
-    tile_m, tile_k = (kept.block_v, kept.block_n) if transposed else (kept.block_n, kept.block_v)
+    mask = kept.mask if of_input else kept.mask.t().contiguous()
+    tile_m, tile_k = (kept.block_n, kept.block_v) if of_input else (kept.block_v, kept.block_n)
     # Kept blocks first, in ascending order: the sum has one order, so two runs give equal bits.
     worklist = torch.sort(mask, dim=1, descending=True, stable=True).indices.to(torch.int32)
     count = mask.sum(dim=1, dtype=torch.int32)
-    config, _ = tuning.config_for(grad_NV)
+    config, _ = tuning.config_for(grad_VN)
     block_m, block_k = min(tile_m, 128), min(tile_k, config.block_d)
     block_d = min(config.block_v, 128)
-    rows, inner = (grad_NV.shape[1], grad_NV.shape[0]) if transposed else tuple(grad_NV.shape)
-    a_descriptor = tuning.use_descriptors(grad_NV)
+    inner, rows = tuple(grad_VN.shape) if of_input else (grad_VN.shape[1], grad_VN.shape[0])
+    a_descriptor = tuning.use_descriptors(grad_VN)
     b_descriptor = tuning.use_descriptors(other)
-    a_block = (block_k, block_m) if transposed else (block_m, block_k)
+    a_block = (block_k, block_m) if of_input else (block_m, block_k)
     hidden = other.shape[1]
     sparse_product_kernel[(triton.cdiv(rows, block_m), triton.cdiv(hidden, block_d))](
-        matrix_argument(grad_NV, *a_block, a_descriptor),
+        matrix_argument(grad_VN, *a_block, a_descriptor),
         matrix_argument(other, block_k, block_d, b_descriptor),
         out, worklist, count, rows, hidden, inner,
-        grad_NV.stride(0), other.stride(0), out.stride(0), worklist.stride(0),
-        ACCUMULATE=accumulate, TRANSPOSED=transposed, SPLIT_M=tile_m // block_m, WORK_K=tile_k,
+        grad_VN.stride(0), other.stride(0), out.stride(0), worklist.stride(0),
+        ACCUMULATE=accumulate, TRANSPOSED=of_input, SPLIT_M=tile_m // block_m, WORK_K=tile_k,
         A_DESCRIPTOR=a_descriptor, B_DESCRIPTOR=b_descriptor,
-        PRECISION=tuning.input_precision(grad_NV.dtype),
+        PRECISION=tuning.input_precision(grad_VN.dtype),
         BLOCK_M=block_m, BLOCK_N=block_d, BLOCK_K=block_k,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -1,9 +1,9 @@
 """Forward pass: per-token statistics of this rank's logits, which are never stored.
 
 Kernel 1 computes one logits tile at a time and stores, per (tile, token), the maximum m and the
-sum of exp(x - m) (and, on request, the sum of x, the entropy term, the argmax). Kernel 2 takes
-the target's logit. Kernel 3 joins the tiles of a token. Every output element has one writer: no
-locks, no atomics, equal bits in every run.
+sum of exp(x - m) (and, on request, the sum of x, the entropy term, the argmax). Kernel 2 joins the
+tiles of a token and takes its target's logit. Every output element has one writer: no locks, no
+atomics, equal bits in every run.
 
 Legend: N tokens, V vocabulary rows of this rank, D hidden size, T vocabulary tiles of a launch.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cce_tp import stats
 from cce_tp.kernels import tuning
-from cce_tp.kernels.launch import logits_arguments, tiling_arguments
+from cce_tp.kernels.launch import launch, logits_arguments, tiling_arguments
 from cce_tp.kernels.tile import (
     LOG2E,
     grouped_block,
@@ -97,13 +97,13 @@ def tile_statistics_kernel(
             tl.store(out, best.to(tl.float32, bitcast=True), mask=valid)
 
 
-@triton.jit(do_not_specialize=["first_id"])
-def target_logit_kernel(
+@triton.jit
+def target_logit(
     input_ptr,
     weight_ptr,
     bias_ptr,
     target_ptr,
-    out_ptr,
+    rows,
     N,
     V,
     D,
@@ -118,10 +118,9 @@ def target_logit_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out_ptr (N,) fp32: the logit of each token's target, 0 where it is not among these rows.
+    """(BLOCK_N,) fp32: the logit of each token's target, 0 where it is not among these rows.
 
     One dot product per token; to search the logits tiles for it would cost a pass over them."""
-    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column = target_column(target_ptr, rows, N, first_id, V)
     here = column >= 0
     row_offset = rows.to(tl.int64)[:, None] * stride_input
@@ -136,25 +135,40 @@ def target_logit_kernel(
     if HAS_BIAS:
         y += tl.load(bias_ptr + column, mask=here, other=0.0).to(tl.float32)
     x = scale_and_cap(y, logit_scale, logit_softcap, HAS_SCALE, HAS_SOFTCAP)
-    tl.store(out_ptr + rows, tl.where(here, x, 0.0), mask=rows < N)
+    return tl.where(here, x, 0.0)
 
 
 @triton.jit(do_not_specialize=["first_id"])
 def merge_tiles_kernel(
     tiles_ptr,
-    target_logit_ptr,
     merged_ptr,
+    input_ptr,
+    weight_ptr,
+    bias_ptr,
+    target_ptr,
     N,
+    V,
+    D,
     T,
+    stride_input,
+    stride_weight,
     first_id,
+    logit_scale,
+    logit_softcap,
     ROWS: tl.constexpr,
     LOGIT_SUM: tl.constexpr,
     ENTROPY: tl.constexpr,
     ARGMAX: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """`stats.merge`, streamed: (T, ROWS, N) tile statistics to packed (ROWS + 1, N)."""
+    """`stats.merge`, streamed: (T, ROWS, N) tile statistics to packed (ROWS + 1, N).
+
+    The row that joins is the target's logit."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = rows < N
     stride_tile = ROWS * N
@@ -195,7 +209,11 @@ def merge_tiles_kernel(
     out = merged_ptr + rows
     tl.store(out, running_max, mask=valid)
     tl.store(out + N, running_sum, mask=valid)
-    tl.store(out + 2 * N, tl.load(target_logit_ptr + rows, mask=valid, other=0.0), mask=valid)
+    target_x = target_logit(
+        input_ptr, weight_ptr, bias_ptr, target_ptr, rows, N, V, D, stride_input, stride_weight,
+        first_id, logit_scale, logit_softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+    tl.store(out + 2 * N, target_x, mask=valid)
     out += 3 * N
     if LOGIT_SUM:
         tl.store(out, sum_x, mask=valid)
@@ -247,28 +265,29 @@ def _statistics_of(logits: LocalLogits, rows: StatRows) -> Tensor:
         "ENTROPY": rows.entropy,
         "ARGMAX": rows.argmax,
     }
+    common = logits_arguments(logits)
     num_tiles = triton.cdiv(vocab, tiling["BLOCK_V"])
     device = logits.input.device
     tiles = torch.empty((num_tiles, rows.count - 1, num_tokens), dtype=torch.float32, device=device)
-    grid = (min(tiling["NUM_PROGRAMS"], num_tiles * triton.cdiv(num_tokens, tiling["BLOCK_N"])),)
-    tile_statistics_kernel[grid](tiles_ptr=tiles, **logits_arguments(logits), **flags, **tiling)
-    target_logit = torch.empty(num_tokens, dtype=torch.float32, device=device)
-    block_n = 8
-    target_logit_kernel[(triton.cdiv(num_tokens, block_n),)](
+    grid = min(tiling["NUM_PROGRAMS"], num_tiles * triton.cdiv(num_tokens, tiling["BLOCK_N"]))
+    launch(tile_statistics_kernel, grid, tiles_ptr=tiles, **common, **flags, **tiling)
+    merged = torch.empty((rows.count, num_tokens), dtype=torch.float32, device=device)
+    block_n = 16
+    launch(
+        merge_tiles_kernel,
+        triton.cdiv(num_tokens, block_n),
+        tiles_ptr=tiles,
+        merged_ptr=merged,
         input_ptr=logits.input,
         weight_ptr=logits.weight,
         target_ptr=logits.target,
-        out_ptr=target_logit,
+        T=num_tiles,
         first_id=logits.first_id,
-        **logits_arguments(logits),
+        **common,
+        **flags,
         BLOCK_N=block_n,
+        BLOCK_T=64,
         BLOCK_D=256,
         num_warps=4,
     )
-    merged = torch.empty((rows.count, num_tokens), dtype=torch.float32, device=device)
-    block_n = 32
-    merge_tiles_kernel[(triton.cdiv(num_tokens, block_n),)](
-        tiles, target_logit, merged, num_tokens, num_tiles, logits.first_id,
-        **flags, BLOCK_N=block_n, BLOCK_T=64, num_warps=4,
-    )  # fmt: skip
     return merged

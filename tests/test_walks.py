@@ -1,0 +1,172 @@
+"""Every way in which the backward pass can walk the (tokens, vocabulary) plane, and the choice.
+
+The planner picks by price; here each way is forced on a small problem and held against the oracle.
+
+Legend: N tokens, V vocabulary, D hidden size.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from cce_tp import backward, workspace
+from cce_tp.workspace import BackwardSizes, StripWalk, TokenWalk, Walk, WholeWalk, plan_backward
+from problems import Problem, call, check, same_bits
+from variants import DEVICE, IMPL_DTYPES
+
+MIB = 1 << 20
+# The interpreter's tiles are 32 tokens x 64 rows: several, ragged, each way.
+WALKS: dict[str, tuple[Walk, ...]] = {
+    "strips": (TokenWalk(chunk=75, strip=64, weight=True),),
+    "lent": (TokenWalk(chunk=75, strip=16, weight=True, lent=True),),
+    "borrowed": (TokenWalk(chunk=75, strip=80, weight=True, borrow=True),),
+    "lent-and-borrowed": (TokenWalk(chunk=75, strip=16, weight=True, lent=True, borrow=True),),
+    "whole-vocabulary": (TokenWalk(chunk=32, strip=703, weight=True),),
+    "both-cut": (TokenWalk(chunk=32, strip=96, weight=True),),
+    "both-cut-borrowed": (TokenWalk(chunk=32, strip=96, weight=True, borrow=True),),
+    "whole": (WholeWalk(96, 75),),
+    "whole-in-chunks": (WholeWalk(96, 32),),
+    "two-passes": (TokenWalk(chunk=32, strip=703, weight=False), StripWalk(96, 75)),
+    "two-passes-cut": (TokenWalk(chunk=32, strip=96, weight=False), StripWalk(96, 32)),
+}
+_SUMS_OVER_CHUNKS = {"whole-vocabulary", "both-cut", "both-cut-borrowed"}
+
+
+def cases(names: Iterable[str], *, narrow_sums: bool) -> list[Any]:
+    """(walk, impl, dtype): a 16-bit dE alone borrows; a 16-bit dC is not summed over chunks."""
+    found = []
+    for name, case in itertools.product(names, IMPL_DTYPES):
+        impl, dtype = case.values
+        narrow = dtype in (torch.float16, torch.bfloat16)
+        if narrow and name in _SUMS_OVER_CHUNKS and not narrow_sums:
+            continue
+        if narrow or "borrow" not in name:
+            found.append(pytest.param(name, impl, dtype, id=f"{name}-{case.id}"))
+    return found
+
+
+@pytest.mark.parametrize(("name", "impl", "dtype"), cases(WALKS, narrow_sums=False))
+@pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
+def test_each_walk(name: str, impl: str, dtype: torch.dtype, bias: bool) -> None:
+    options = {"reduction": "none", "label_smoothing": 0.1, "z_loss": 1e-3}
+    # lent: the first strips are 256 wide, so that D = 200 > N = 75 leaves room for them.
+    problem = Problem(
+        impl=impl, dtype=dtype, tokens=(75,), vocab=703, hidden=200, bias=bias, options=options
+    )
+    with mock.patch.object(backward, "plan_backward", lambda *_: WALKS[name]):
+        check(problem, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("name", "impl", "dtype"),
+    cases(sorted(_SUMS_OVER_CHUNKS | {"strips", "borrowed"}), narrow_sums=True),
+)
+def test_walks_that_add_to_a_given_tensor(name: str, impl: str, dtype: torch.dtype) -> None:
+    """An fp32 grad_weight_out takes the sum over token chunks whatever the dtype of the weight."""
+    problem = Problem(impl=impl, dtype=dtype, tokens=(75,), vocab=703, hidden=40)
+    operands = problem.build(DEVICE)
+    out = torch.full((703, 40), 2.0, device=DEVICE)
+    options: dict[str, Any] = {"impl": impl, "grad_weight_out": out}
+    with mock.patch.object(backward, "plan_backward", lambda *_: WALKS[name]):
+        outcome = call(operands, options)
+    wanted = call(operands, {"impl": "torch"})
+    assert outcome.grad_weight is None
+    tolerance = {torch.float32: 5e-5, torch.float64: 5e-5}.get(dtype, 1e-2)
+    scale = float(wanted.grad_weight.abs().max())
+    torch.testing.assert_close(
+        out - 2, wanted.grad_weight.to(out.dtype), rtol=tolerance, atol=tolerance * scale
+    )
+    torch.testing.assert_close(
+        outcome.grad_input, wanted.grad_input, rtol=tolerance, atol=tolerance * scale
+    )
+
+
+def test_lent_strips_leave_room_for_their_gradient() -> None:
+    sizes = sizes_of(512, 96, 5000)
+    walk = TokenWalk(chunk=512, strip=64, weight=True, lent=True)
+    strips = list(walk.strips(sizes))
+    assert strips[0][0] == 0 and strips[-1][1] == 5000
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(strips))
+    assert strips[0][1] > 64
+    for start, stop in strips:
+        if stop - start > 64:
+            used = -(-stop * sizes.lent_row // workspace.ALIGNMENT) * workspace.ALIGNMENT
+            used += (stop - start) * sizes.gradient_row
+            assert used <= 5000 * sizes.lent_row, (start, stop)
+
+
+def sizes_of(tokens: int, hidden: int, vocab: int, **more: Any) -> BackwardSizes:
+    """A bf16 problem on a GPU that returns a bf16 dC, or as `more` says."""
+    given: dict[str, Any] = {
+        "tokens": tokens,
+        "vocab": vocab,
+        "hidden": hidden,
+        "element": 2,
+        "token_row": 4 * hidden,
+        "single_row": 0,
+        "can_borrow": True,
+        "strip_row": 0,
+        "weight_row": 0,
+        "weight_accumulator": 4 * hidden,
+        "weight_accumulates": False,
+        "lent_row": 2 * hidden,
+        "gradient_row": 2 * tokens,
+        "fixed": 0,
+        "need_input": True,
+        "need_weight": True,
+    }
+    return BackwardSizes(**(given | more))
+
+
+SHAPES = [(8192, 2304, 256000), (8192, 4096, 128256), (8192, 8192, 16032)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mib", [16, 64, 128, 256])
+@pytest.mark.parametrize("into", ["bf16", "fp32", "bf16-given"])
+def test_a_plan_fits_its_workspace(shape: tuple[int, int, int], mib: int, into: str) -> None:
+    """What a plan says that it holds at once, added up."""
+    given = {"fp32": {"weight_accumulates": True, "lent_row": 0}, "bf16-given": {"lent_row": 0}}
+    sizes = sizes_of(*shape, **given.get(into, {}))
+    tokens, _, vocab = shape
+    for walk in plan_backward(sizes, mib * MIB):
+        if isinstance(walk, TokenWalk):
+            sums = walk.chunk * sizes.token_row // (2 if walk.borrow else 1)
+            if walk.strip >= vocab:
+                sums = 0
+            held = sums + walk.chunk * walk.strip * sizes.element
+        elif isinstance(walk, WholeWalk):
+            held = walk.strip * sizes.gradient_row
+        else:
+            sums = walk.strip * sizes.weight_accumulator if walk.chunk < tokens else 0
+            held = sums + walk.chunk * walk.strip * sizes.element
+        assert held <= mib * MIB, walk
+
+
+@pytest.mark.parametrize(
+    ("shape", "mib", "passes"),
+    [(SHAPES[0], 128, 1), (SHAPES[1], 128, 1), (SHAPES[1], 100, 1), (SHAPES[2], 64, 1)],
+    ids=str,
+)
+def test_one_recomputation_where_memory_allows(
+    shape: tuple[int, int, int], mib: int, passes: int
+) -> None:
+    assert len(plan_backward(sizes_of(*shape), mib * MIB)) == passes
+
+
+@pytest.mark.parametrize("impl", ["torch"])
+def test_the_choice_changes_rounding_only(impl: str) -> None:
+    """Default and least workspace agree; the same workspace gives the same bits."""
+    problem = Problem(impl=impl, tokens=(300,), vocab=1200, hidden=100)
+    operands = problem.build(DEVICE)
+    first, again = (call(operands, {"impl": impl}) for _ in range(2))
+    small = call(operands, {"impl": impl, "workspace_bytes": MIB})
+    assert same_bits(first.grad_weight, again.grad_weight)
+    torch.testing.assert_close(small.grad_weight, first.grad_weight, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(small.grad_input, first.grad_input, rtol=1e-4, atol=1e-7)
