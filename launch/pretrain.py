@@ -57,9 +57,10 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     from launch.cpu import run_megatron_on_cpu
-    from launch.torch_norm import allow_sequence_parallel_norms
 
     run_megatron_on_cpu()
+    from launch.torch_norm import allow_sequence_parallel_norms  # imports megatron.core
+
     allow_sequence_parallel_norms()
 
 
