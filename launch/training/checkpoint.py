@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import random
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,8 @@ def load(
     common = dist_checkpointing.load_common_state_dict(source)
     with_generators = with_generators and common.get("parallel") == _layout()
     asked = (optimizer, schedule) if with_optimizer else (None, None)
+    if with_optimizer:
+        _prepare_adam(optimizer)
     wanted = _state(chunks, *asked, is_loading=True, generators=with_generators)
     state: Any = dist_checkpointing.load(wanted, source)
     for number, chunk in enumerate(chunks):
@@ -97,6 +101,32 @@ def load(
     if with_generators:
         _set_generators(state["generators"])
     return iteration, common["consumed_samples"]
+
+
+def _prepare_adam(optimizer: Any) -> None:
+    """Let Megatron's distributed optimizer load where its Adam is PyTorch's.
+
+    That is so without apex and Transformer Engine. PyTorch's keeps its number of steps beside the
+    moments, and Megatron's loading trips over that: it asks a new optimizer, which has done none,
+    for the number; it looks for it among the loaded moments, where it is not; and it gives all
+    parameters one tensor, which would then count every parameter's step.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        inner = part.optimizer
+        stock = getattr(part, "load_parameter_state_from_fully_reshardable", None)
+        if stock is None or not isinstance(inner, torch.optim.Adam):
+            continue
+        for parameter in (p for group in inner.param_groups for p in group["params"]):
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            inner.state[parameter] = {"step": torch.tensor(0.0), **moments}
+        part.load_parameter_state_from_fully_reshardable = partial(_load_moments, inner, stock)
+
+
+def _load_moments(inner: torch.optim.Adam, stock: Callable[[Any], None], moments: Any) -> None:
+    steps = {parameter: state.pop("step") for parameter, state in inner.state.items()}
+    stock(moments)
+    for parameter, step in steps.items():
+        inner.state[parameter]["step"] = step.clone()
 
 
 def _key(number: int, chunks: list[Any]) -> str:
