@@ -9,8 +9,9 @@ What is replaced, in the whole process:
 - a CUDA device named in a call of a torch function is the CPU; `Tensor.cuda`, `pin_memory` and
   `record_stream` do nothing; `Tensor.type()` says "torch.cuda.FloatTensor" where it would have
   said "torch.FloatTensor", for Megatron's optimizers;
-- in `torch.cuda`: device number, streams, events, synchronisation, cache and memory statistics do
-  nothing; the generator is the CPU's. `torch.cuda.is_available()` goes on to say False;
+- in `torch.cuda`: device number, streams, events, synchronisation, profiler ranges, cache and
+  memory statistics do nothing; the generator is the CPU's. `torch.cuda.is_available()` goes on to
+  say False;
 - torch.compile gives back the function uncompiled, since Megatron compiles a dozen small ones;
 - `WrappedTorchNorm` accepts sequence parallelism (see launch/torch_norm.py).
 
@@ -118,6 +119,9 @@ class _Stream:
             raise AttributeError(name)
         return _nothing
 
+    def record_event(self, event: Any = None) -> Any:
+        return event or self
+
 
 def _nothing(*_: Any, **__: Any) -> None:
     return None
@@ -148,6 +152,8 @@ def _replace_cuda_functions() -> None:
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
+    for name in ("range_push", "range_pop"):
+        setattr(torch.cuda.nvtx, name, _nothing)
     generator = {
         "get_rng_state": _get_rng_state,
         "set_rng_state": _set_rng_state,
