@@ -58,9 +58,9 @@ def main() -> None:
     args = parse_and_validate_args(add_cce_arguments, args_defaults={"eval_interval": 1000})
     model_config = gpt_config_from_args(args)
     models: list[Any] = []
+    _refuse_packed_sequences(args)
     if fused or cce_requested(args):
         config = CceConfig.from_args(take_alias(args))
-        _refuse_context_parallel(args)
         model_config.pre_wrap_hooks.append(pre_wrap_hook(config))
     model_config.pre_wrap_hooks.append(lambda chunks: (models.extend(chunks), chunks)[1])
     _datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own
@@ -89,12 +89,14 @@ def _resolve_alias(argv: list[str]) -> bool:
     return False
 
 
-def _refuse_context_parallel(args: Any) -> None:
-    if args.context_parallel_size > 1:
-        raise ValueError(
-            "--context-parallel-size: expected 1 with launch.pretrain_gpt, got "
-            f"{args.context_parallel_size}; use launch.pretrain"
-        )
+def _refuse_packed_sequences(args: Any) -> None:
+    """Refuse the options that need batches other than those `_forward_step` makes."""
+    for option in ("hybrid_context_parallel", "sft", "dataloader_inter_document_masking"):
+        if getattr(args, option, False):
+            raise ValueError(
+                f"--{option.replace('_', '-')}: expected not to be set with launch.pretrain_gpt, "
+                "got it: sequences of several lengths in one row are not handled here"
+            )
 
 
 def skip_building_helpers() -> None:
@@ -138,23 +140,32 @@ def _datasets(num_samples: Any, vp_stage: int | None = None) -> Any:
         reset_position_ids=args.reset_position_ids,
         reset_attention_mask=args.reset_attention_mask,
         eod_mask_loss=args.eod_mask_loss,
-        create_attention_mask=True,
+        create_attention_mask=args.create_attention_mask_in_dataloader,
     )
     kind = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build()
 
 
-def _forward_step(data_iterator: Iterator[dict[str, Tensor]], model: Any) -> Any:
-    """Megatron's forward step: one micro batch -> (b, s) losses and how to sum them."""
+def _forward_step(
+    data_iterator: Iterator[dict[str, Tensor]], model: Any, return_schedule_plan: bool = False
+) -> Any:
+    """Megatron's forward step: one micro batch -> (b, s) losses and how to sum them.
+
+    With --overlap-moe-expert-parallel-comm Megatron asks for the plan that makes the losses.
+    """
+    from launch.training.data import part_of_context
+
     batch = {
         name: value.cuda(non_blocking=True)
         for name, value in next(data_iterator).items()
         if isinstance(value, Tensor)
     }
-    loss = model(
+    batch = part_of_context(batch)
+    run = model.build_schedule_plan if return_schedule_plan else model
+    loss = run(
         batch["tokens"],
         batch["position_ids"],
-        batch["attention_mask"],
+        batch.get("attention_mask"),
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
+from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
 from launch.training import text
@@ -217,6 +220,20 @@ def batches(
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The same batch on the device, without waiting for the copies."""
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+
+
+def part_of_context(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What this context-parallel rank reads of (b, s) tensors: (b, s / cp), two chunks of each row.
+
+    Tensors named "attention_mask" are (b, 1, s, s) and lose queries.
+    """
+    if parallel_state.get_context_parallel_world_size() == 1:
+        return batch
+    # Left out, it is all ranks in 0.19.
+    more: Any = {"cp_group": parallel_state.get_context_parallel_group()}
+    if "is_hybrid_cp" in inspect.signature(get_batch_on_this_cp_rank).parameters:
+        more["is_hybrid_cp"] = False  # 0.19 and newer: nothing is packed here
+    return get_batch_on_this_cp_rank(dict(batch), **more)
 
 
 def describe(origin: Source, padded: int) -> str:

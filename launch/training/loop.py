@@ -107,12 +107,16 @@ class Trainer:
             found.append(data.batches(*args) if needed else None)
         return found
 
-    def _forward(self, batches: Iterator[Any] | None, chunk: Any) -> tuple[Tensor, Any]:
+    def _forward(
+        self, batches: Iterator[Any] | None, chunk: Any, return_schedule_plan: bool = False
+    ) -> tuple[Any, Any]:
+        """Losses per token, or with overlap_moe_expert_parallel_comm the plan that makes them."""
+        run = chunk.build_schedule_plan if return_schedule_plan else chunk
         if batches is None:
-            return chunk(None, None, None), partial(_loss, None)
-        batch = data.to_device(next(batches), self.device)
+            return run(None, None, None), partial(_loss, None)
+        batch = data.part_of_context(data.to_device(next(batches), self.device))
         more = {"loss_mask": batch["loss_mask"]} if chunk.config.mtp_num_layers else {}
-        output = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **more)
+        output = run(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], **more)
         return output, partial(_loss, batch["loss_mask"])
 
     def _pass(self, batches: list[Any], microbatches: int, *, forward_only: bool) -> Tensor:

@@ -98,6 +98,8 @@ def start_model_parallel(settings: Settings) -> None:
     options: dict[str, Any] = {f"{kind}_size": size for kind, size in sizes.items()}
     parallel_state.initialize_model_parallel(
         virtual_pipeline_model_parallel_size=virtual_stages(settings),
+        expert_model_parallel_size=settings.parallel("expert_model_parallel"),
+        expert_tensor_parallel_size=settings.core.get("expert_tensor_parallel_size"),
         distributed_timeout_minutes=settings.loop.distributed_timeout_minutes,
         **options,
     )
@@ -198,7 +200,13 @@ def _layer_spec(settings: Settings, config: Any) -> Any:
         return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(**common)
     spec = gpt_layer_specs.get_gpt_layer_local_spec(normalization=config.normalization, **common)
     if settings.loop.attention_backend != "unfused" and not config.multi_latent_attention:
-        use_fused_attention(spec)
+        return use_fused_attention(spec)
+    if config.context_parallel_size > 1:
+        raise ValueError(
+            "megatron.context_parallel_size: expected 1 with attention_backend=unfused or "
+            "multi_latent_attention where Transformer Engine is not used, got "
+            f"{config.context_parallel_size}"
+        )
     return spec
 
 

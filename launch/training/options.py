@@ -114,5 +114,6 @@ POSITIVE = (
     *("seq_length", "micro_batch_size", "train_iters", "vocab_size", "log_interval", "eval_iters"),
     *("make_vocab_size_divisible_by", "tensor_model_parallel_size", "num_layers", "hidden_size"),
     *("pipeline_model_parallel_size", "context_parallel_size", "num_attention_heads"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size"),
     *("global_batch_size", "exit_interval", "eval_interval", "save_interval"),
 )

@@ -41,7 +41,7 @@ class Settings:
     name: str
 
     def parallel(self, kind: str) -> int:
-        """Size of `tensor_model_parallel`, `pipeline_model_parallel` or `context_parallel`."""
+        """Size of `tensor_model_parallel`, `context_parallel` and so on."""
         return self.core.get(f"{kind}_size") or 1
 
 
@@ -121,9 +121,10 @@ def reduced(settings: Settings, world_size: int) -> Settings:
     small = copy.deepcopy(settings)
     loop, core = small.loop, small.core
     pp = min(settings.parallel("pipeline_model_parallel"), max(1, world_size // 2))
-    tp = min(settings.parallel("tensor_model_parallel"), world_size // pp)
+    cp = min(settings.parallel("context_parallel"), world_size // pp)
+    tp = min(settings.parallel("tensor_model_parallel"), world_size // (pp * cp))
     core.update(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-    core["context_parallel_size"] = 1
+    core["context_parallel_size"] = cp
     core["sequence_parallel"] = tp > 1 and core.get("sequence_parallel", False)
     if loop.num_layers_per_virtual_pipeline_stage:
         loop.num_layers_per_virtual_pipeline_stage = 1
@@ -137,7 +138,7 @@ def reduced(settings: Settings, world_size: int) -> Settings:
         core["ffn_hidden_size"] = 128
     for key in ("bf16", "fp16"):
         core.pop(key, None)
-    replicas = world_size // (tp * pp)
+    replicas = world_size // (tp * pp * cp)
     loop.seq_length, loop.max_position_embeddings = 32, 32
     loop.micro_batch_size, loop.global_batch_size = 1, 2 * pp * replicas
     loop.vocab_size = 500
@@ -217,6 +218,12 @@ def _check_values(settings: Settings) -> None:
         raise ValueError(
             "megatron.transformer_impl: expected local or transformer_engine, got "
             f"{loop.transformer_impl!r}"
+        )
+    chunks = 2 * settings.parallel("context_parallel")
+    if chunks > 2 and loop.seq_length % chunks:
+        raise ValueError(
+            "megatron.seq_length: expected a multiple of 2 x context_parallel_size = "
+            f"{chunks}, got {loop.seq_length}"
         )
     if loop.save_interval and not loop.save:
         raise ValueError("megatron.save: expected a folder, as save_interval is set, got none")
