@@ -59,27 +59,17 @@ def main(folder: str) -> None:
     prepare()
     from megatron.core import parallel_state
 
-    from launch.training import model, settings
+    from launch.training import model
+    from megatron_models import experts_on_cpu
 
-    runs = {path.stem: settings.load(path) for path in CONFIGS}
-    for name, key, value in (
-        ("unfused attention", "attention_backend", "unfused"),
-        ("fused attention", "attention_backend", "auto"),
-    ):
-        runs[name] = settings.load(ROOT / "configs" / "vocab256k.yaml", [f"megatron.{key}={value}"])
-    runs["nan"] = settings.load(
-        ROOT / "configs" / "vocab256k.yaml", ["megatron.layernorm_epsilon=.nan"]
-    )
     answers: dict[str, Any] = {}
-    for name, full in runs.items():
-        run = settings.reduced(full, dist.get_world_size() if dist.is_initialized() else 4)
-        run.run_dir = str(Path(folder) / name)
-        run.loop.data_cache_path = str(Path(folder) / "cache")
+    for name, run in _runs(Path(folder)).items():
         model.start_distributed(run)
         for variable in [name for name in os.environ if name.startswith("NVTE_")]:
             del os.environ[variable]  # set by the model before, from its attention backend
         try:
-            train(run, keep_group=True)
+            with experts_on_cpu():
+                train(run, keep_group=True)
         except RuntimeError as error:
             parallel_state.destroy_model_parallel()
             answers[name] = str(error)
@@ -90,6 +80,48 @@ def main(folder: str) -> None:
     if dist.get_rank() == 0:
         (Path(folder) / "answers.json").write_text(json.dumps(answers))
     dist.destroy_process_group()
+
+
+def _runs(folder: Path) -> dict[str, Any]:
+    """Settings by name, in the order in which they are to run, for this world."""
+    from launch.training import settings
+
+    vocab256k, llama = (
+        ROOT / "configs" / f"{name}.yaml" for name in ("vocab256k", "llama3_8b_tp8")
+    )
+    tp2, experts = "megatron.tensor_model_parallel_size=2", "megatron.num_moe_experts=4"
+    more = {
+        "unfused attention": (vocab256k, "megatron.attention_backend=unfused"),
+        "fused attention": (vocab256k, "megatron.attention_backend=auto"),
+        "context parallel": (vocab256k, "megatron.context_parallel_size=2"),
+        "nan": (vocab256k, "megatron.layernorm_epsilon=.nan"),
+        "uninterrupted": (llama, tp2),
+        "interrupted": (llama, tp2),
+        "resumed": (llama, tp2),
+        "experts, stock": (llama, tp2, experts, "cce.loss=stock"),
+        "experts": (llama, tp2, experts),
+    }
+    found = {path.stem: settings.load(path) for path in CONFIGS}
+    found |= {name: settings.load(path, overrides) for name, (path, *overrides) in more.items()}
+    for name, full in found.items():
+        found[name] = run = settings.reduced(full, int(os.environ["WORLD_SIZE"]))
+        run.run_dir = str(folder / name)
+        run.loop.data_cache_path = str(folder / "cache")
+    for name in ("uninterrupted", "interrupted", "resumed"):
+        found[name].loop.train_iters = 4
+        found[name].core["hidden_dropout"] = 0.1
+    found["interrupted"].loop.exit_interval = 2
+    found["interrupted"].loop.save = found["resumed"].loop.load = str(folder / "checkpoints")
+    found["resumed"].run_dir = found["interrupted"].run_dir
+    for name in ("experts, stock", "experts"):
+        found[name].core |= {
+            "expert_model_parallel_size": 2,
+            "expert_tensor_parallel_size": 1,
+            "moe_token_dispatcher_type": "alltoall",
+            "overlap_moe_expert_parallel_comm": True,
+            "bf16": True,
+        }
+    return found
 
 
 if __name__ == "__main__":

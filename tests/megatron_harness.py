@@ -84,13 +84,15 @@ _layouts: dict[tuple[int | None, ...], dict[str, Any]] = {}
 
 
 @contextlib.contextmanager
-def model_parallel(tp: int = 1, pp: int = 1, cp: int = 1, vpp: int | None = None) -> Iterator[None]:
+def model_parallel(
+    tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, vpp: int | None = None
+) -> Iterator[None]:
     """Megatron's process groups and generators, for the time of one job."""
     prepare()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    layout = (tp, pp, cp, vpp)
+    layout = (tp, pp, cp, ep, vpp)
     if layout in _layouts:
         vars(parallel_state).update(_layouts[layout])
     else:
@@ -99,6 +101,9 @@ def model_parallel(tp: int = 1, pp: int = 1, cp: int = 1, vpp: int | None = None
             pipeline_model_parallel_size=pp,
             virtual_pipeline_model_parallel_size=vpp,
             context_parallel_size=cp,
+            expert_model_parallel_size=ep,
+            # Over several ranks experts would gather uneven parts, which gloo cannot.
+            expert_tensor_parallel_size=1,
         )
         _layouts[layout] = {
             name: value for name, value in vars(parallel_state).items() if name.isupper()

@@ -5,7 +5,8 @@ Weights are those of the whole model cut up: the same for every parallel layout.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
@@ -86,6 +87,8 @@ def transformer_config(case: Case) -> Any:
             state.get_virtual_pipeline_model_parallel_world_size()
         ),
         "context_parallel_size": state.get_context_parallel_world_size(),
+        "expert_model_parallel_size": state.get_expert_model_parallel_world_size(),
+        "expert_tensor_parallel_size": state.get_expert_tensor_parallel_world_size(),
         "sequence_parallel": case.sequence_parallel,
         "mtp_num_layers": case.mtp or None,
         "use_cpu_initialization": True,
@@ -129,7 +132,11 @@ def _gpt(case: Case, config: Any, vp_stage: int | None, common: dict[str, Any]) 
     from megatron.core.models.gpt import gpt_layer_specs as specs
     from megatron.core.models.gpt.gpt_model import GPTModel
 
-    spec = specs.get_gpt_layer_local_spec()
+    spec = specs.get_gpt_layer_local_spec(num_experts=config.num_moe_experts)
+    if config.context_parallel_size > 1:
+        from launch.training.attention import use_fused_attention
+
+        use_fused_attention(spec)  # Megatron's local attention refuses it
     if case.mtp and common["post_process"]:
         common["mtp_block_spec"] = specs.get_gpt_mtp_block_spec(
             config, spec, use_transformer_engine=False, vp_stage=vp_stage
@@ -208,6 +215,21 @@ def _mtp_spec() -> Any:
         module=mtp.MultiTokenPredictionBlock,
         submodules=mtp.MultiTokenPredictionBlockSubmodules(layer_specs=[layer]),
     )
+
+
+@contextlib.contextmanager
+def experts_on_cpu() -> Iterator[None]:
+    """What Megatron's experts ask of CUDA and of Transformer Engine, answered without them."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def to_host(tensor: Any, as_numpy: bool = False, **_: Any) -> Any:
+        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
+
+    with (
+        mock.patch.object(token_dispatcher, "maybe_move_tensor_to_cpu", to_host),
+        mock.patch.object(moe_utils, "te_general_gemm", None, create=True),
+    ):
+        yield
 
 
 @dataclass

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 
-from megatron_harness import forward, install_cce
+from megatron_harness import forward, install_cce, model_parallel
 from megatron_models import Case, batch_of, build
 
 # Small: Adam divides by the root of the squared gradient, so that where a gradient is nearly zero
 # its rounding, not its value, decides the first steps.
 LEARNING_RATE = 1e-4
+# After this many steps the data repeat, so that what was learnt shows in the loss.
+PERIOD = 2
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Plan:
         ddp: further fields of DistributedDataParallelConfig.
         optimizer: further fields of OptimizerConfig.
         wrap: put the model in Float16Module: "no", "before" or "after" install.
+        overlap_experts: run the schedule plan that overlaps the experts' communication.
     """
 
     case: Case
@@ -36,6 +39,7 @@ class Plan:
     ddp: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     wrap: str = "no"
+    overlap_experts: bool = False
 
 
 class Trainer:
@@ -79,6 +83,8 @@ class Trainer:
         if fused and plan.wrap == "before":
             install_cce(self.ddp, case)
         config = self.raw[0].config
+        # Not when it is made, which would allow it for half precision only.
+        config.overlap_moe_expert_parallel_comm = plan.overlap_experts
         config.finalize_model_grads_func = finalize_model_grads
         if options["overlap_grad_reduce"]:
             config.no_sync_func = [c.no_sync for c in self.ddp] if vpp else self.ddp[0].no_sync
@@ -113,7 +119,8 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         replica = state.get_data_parallel_rank()
-        seeds = [100 * number + 10 * replica + micro for micro in range(plan.micro)]
+        first = 100 * (number % PERIOD) + 10 * replica
+        seeds = range(first, first + plan.micro)
         batches = [[batch_of(plan.case, seed) for seed in seeds] for _ in self.ddp]
         reports = get_forward_backward_func()(
             forward_step_func=self._forward_step,
@@ -132,16 +139,19 @@ class Trainer:
             "updated": updated,
         }
 
-    def _forward_step(self, batches: Any, model: Any) -> Any:
+    def _forward_step(self, batches: Any, model: Any, return_schedule_plan: bool = False) -> Any:
         batch = next(batches)
         case = self.plan.case
+        if return_schedule_plan != self.plan.overlap_experts:
+            raise AssertionError(f"another schedule than planned: {return_schedule_plan}")
 
         def loss_func(loss: torch.Tensor) -> Any:
             total = (loss.float() * batch.mask).sum()
             tokens = batch.mask.sum().int()
             return total, tokens, {"loss": (total / tokens).detach()}
 
-        return forward(model, batch, case), loss_func
+        run = model.build_schedule_plan if return_schedule_plan else model
+        return forward(run, batch, case), loss_func
 
 
 def train(plan: Plan, fused: bool) -> dict[str, Any]:
@@ -155,3 +165,51 @@ def train(plan: Plan, fused: bool) -> dict[str, Any]:
         "fused": sum(fused_count(chunk) for chunk in trainer.ddp),
         "materialized": sum(materialized_count(chunk) for chunk in trainer.ddp),
     }
+
+
+def compare_plans(rank: Any, plans: list[Plan]) -> list[str]:
+    """Fused beside stock: the losses of all steps equal to 1e-5; the differences of this rank."""
+    wrong = []
+    with model_parallel(**plans[0].layout):
+        for plan in plans:
+            want, got = train(plan, fused=False), train(plan, fused=True)
+            found = _step_differences(got["steps"], want["steps"])
+            heads = (1 + plan.case.mtp) * plan.micro * plan.steps
+            owns_head = want["steps"][0]["loss"] is not None
+            if got["materialized"] or got["fused"] != heads * owns_head:
+                found.append(f"{got['fused']} fused, {got['materialized']} materialized")
+            found += _tied_copies(got["trainer"], plan)
+            wrong += [f"rank {rank.rank}: {plan}: {each}" for each in found]
+    return wrong
+
+
+def _step_differences(got: list[dict], want: list[dict]) -> list[str]:
+    wrong = []
+    for number, (ours, theirs) in enumerate(zip(got, want, strict=True)):
+        if ours["updated"] != theirs["updated"]:
+            wrong.append(f"step {number}: updated {ours['updated']}, stock {theirs['updated']}")
+        for key, tolerance in (("loss", 1e-5), ("norm", 1e-4)):
+            mine, stock = ours[key], theirs[key]
+            if (mine is None) != (stock is None):
+                wrong.append(f"step {number}: {key} {mine}, stock {stock}")
+            elif mine is not None and not abs(mine - stock) <= tolerance:
+                wrong.append(f"step {number}: {key} {mine:.7f}, stock {stock:.7f}")
+    if want[0]["loss"] is None or len(want) <= PERIOD:
+        return wrong
+    if not want[-1]["loss"] < want[(len(want) - 1) % PERIOD]["loss"] - 1e-3:
+        wrong.append("stock does not train: this test shows nothing")
+    return wrong
+
+
+def _tied_copies(trainer: Trainer, plan: Plan) -> list[str]:
+    """Check 4: first and last stage hold the same bits of a tied embedding."""
+    from megatron.core import parallel_state as state
+
+    if not plan.case.tied or plan.layout.get("pp", 1) == 1:
+        return []
+    ends = [trainer.raw[0], trainer.raw[-1]]
+    owner = ends[0] if state.is_pipeline_first_stage(ignore_virtual=True) else ends[1]
+    weight = owner.shared_embedding_or_output_weight().detach()
+    summed = weight.clone()
+    torch.distributed.all_reduce(summed, group=state.get_embedding_group())
+    return [] if torch.equal(summed, 2 * weight) else ["the tied copies differ"]

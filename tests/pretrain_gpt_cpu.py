@@ -6,6 +6,7 @@ Run under torchrun with Megatron's arguments; prints what Megatron prints.
 from __future__ import annotations
 
 import os
+import sys
 import types
 from typing import Any
 
@@ -49,8 +50,21 @@ def pretend_cuda() -> None:
     torch.nn.Module.cuda = lambda self, *_: self  # type: ignore[method-assign]
 
 
+def allow_context_parallel() -> None:
+    """Megatron's own local attention refuses it; the one of launch.pretrain does not."""
+    from megatron.core.models.backends import LocalSpecProvider
+
+    from launch.training.attention import FusedAttention
+
+    LocalSpecProvider.core_attention = lambda self: FusedAttention
+
+
 if __name__ == "__main__":
     pretend_cuda()
+    if "--context-parallel-size" in sys.argv:
+        allow_context_parallel()
     from launch.pretrain_gpt import main
+    from megatron_models import experts_on_cpu
 
-    main()
+    with experts_on_cpu():
+        main()

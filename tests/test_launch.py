@@ -62,6 +62,7 @@ def test_flag_beats_file() -> None:
         ("model.lr=1", r"model: unknown key; did you mean"),
         ("cce.loss=fast", r"cce\.loss: expected one of stock.*got 'fast'"),
         ("megatron.train_iters=many", r"megatron\.train_iters"),
+        ("megatron.context_parallel_size=3", r"seq_length: expected a multiple of .* 6, got 128"),
         ("megatron.seq_length=0", r"megatron\.seq_length: expected a positive integer, got 0"),
         ("megatron.lr_warmup_iters=500", r"megatron\.lr_warmup_iters: .*160.*got 500"),
         ("megatron.distributed_backend=mpi", r"distributed_backend: expected nccl or gloo"),
@@ -182,7 +183,17 @@ def test_every_configuration_trains_at_reduced_size(folder: Path) -> None:
     assert "expected a finite number" in answers["nan"]
     assert "at iteration 1 on rank" in answers.pop("nan")
     assert answers.keys() >= {path.stem for path in CONFIGS}
+    # Distributed optimizer, both overlaps, two replicas of two tensor-parallel ranks.
+    whole, first, resumed = (
+        answers.pop(name) for name in ("uninterrupted", "interrupted", "resumed")
+    )
+    assert len(whole) == 4
+    assert first == whole[:2]
+    assert resumed == whole
     for name, losses in answers.items():
         assert len(losses) == 2, name
         assert all(math.isfinite(loss) and 5 < loss < 8 for loss in losses), name
     assert answers["fused attention"] == pytest.approx(answers["unfused attention"], abs=1e-5)
+    assert answers["context parallel"] == pytest.approx(answers["fused attention"], abs=1e-5)
+    # bf16
+    assert answers["experts"] == pytest.approx(answers["experts, stock"], abs=2e-3)

@@ -10,7 +10,6 @@ from unittest import mock
 
 import pytest
 import torch
-from torch import Tensor
 
 from megatron_harness import (
     assert_nothing,
@@ -23,7 +22,7 @@ from megatron_harness import (
     relative,
     run_ranks,
 )
-from megatron_models import Case, batch_of, build, grid
+from megatron_models import Case, batch_of, build
 
 
 def _frozen(rank: Any) -> list[str]:
@@ -215,48 +214,6 @@ def _entry_points(rank: Any) -> list[str]:
 def test_provider_and_hook() -> None:
     """The wrapper of a model provider, and the hook for ModelConfig.pre_wrap_hooks."""
     assert_nothing(run_ranks(_entry_points))
-
-
-def _postprocess(rank: Any) -> list[str]:
-    """What the overlapped schedule plan calls in place of the model's forward."""
-    wrong = []
-    with model_parallel(tp=2):
-        for case in grid(Case(), sequence_parallel=[False, True], tied=[False, True]):
-            batch = batch_of(case)
-            losses = []
-            for fused in (False, True):
-                model, hidden = build(case), []
-                if fused:
-                    install_cce(model)
-                hook = model.decoder.register_forward_hook(
-                    lambda _m, _a, out, hidden=hidden: hidden.append(out)
-                )
-                forward(model, batch, case)
-                hook.remove()
-                leaf = hidden[0].detach().requires_grad_()
-                loss = model._postprocess(
-                    hidden_states=leaf,
-                    input_ids=batch.tokens,
-                    position_ids=batch.positions,
-                    labels=batch.labels,
-                    rotary_pos_emb=None,
-                    rotary_pos_cos=None,
-                    rotary_pos_sin=None,
-                    mtp_in_postprocess=False,
-                )
-                if not isinstance(loss, Tensor) or loss.dtype != torch.float32:
-                    wrong.append(f"rank {rank.rank}: {type(loss)}")
-                masked_mean(loss, batch.mask).backward()
-                losses.append((loss.detach(), leaf.grad))
-            (want, want_grad), (got, got_grad) = losses
-            if not (want - got).abs().max() <= 1e-5 or not relative(got_grad, want_grad) <= 5e-6:
-                wrong.append(f"rank {rank.rank}: {case.name}: differs")
-    return wrong
-
-
-def test_postprocess_alone() -> None:
-    """Check 29: the part that the schedule plan calls is fused, and equals stock."""
-    assert_nothing(run_ranks(_postprocess))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,54 +18,7 @@ from megatron_harness import (
     run_ranks,
 )
 from megatron_models import MCORE, Case, batch_of, build
-from megatron_trainer import Plan, Trainer, train
-
-
-def _compare(rank: Any, plans: list[Plan]) -> list[str]:
-    """Fused beside stock; losses of ten steps equal to 1e-5."""
-    wrong = []
-    with model_parallel(**plans[0].layout):
-        for plan in plans:
-            want, got = train(plan, fused=False), train(plan, fused=True)
-            found = _step_differences(got["steps"], want["steps"])
-            heads = (1 + plan.case.mtp) * plan.micro * plan.steps
-            owns_head = want["steps"][0]["loss"] is not None
-            if got["materialized"] or got["fused"] != heads * owns_head:
-                found.append(f"{got['fused']} fused, {got['materialized']} materialized")
-            found += _tied_copies(got["trainer"], plan)
-            wrong += [f"rank {rank.rank}: {plan}: {each}" for each in found]
-    return wrong
-
-
-def _step_differences(got: list[dict], want: list[dict]) -> list[str]:
-    wrong = []
-    for number, (ours, theirs) in enumerate(zip(got, want, strict=True)):
-        if ours["updated"] != theirs["updated"]:
-            wrong.append(f"step {number}: updated {ours['updated']}, stock {theirs['updated']}")
-        for key, tolerance in (("loss", 1e-5), ("norm", 1e-4)):
-            mine, stock = ours[key], theirs[key]
-            if (mine is None) != (stock is None):
-                wrong.append(f"step {number}: {key} {mine}, stock {stock}")
-            elif mine is not None and not abs(mine - stock) <= tolerance:
-                wrong.append(f"step {number}: {key} {mine:.7f}, stock {stock:.7f}")
-    if want[0]["loss"] is not None and not want[-1]["loss"] < want[0]["loss"] + 1.0:
-        wrong.append("stock does not train: this test shows nothing")
-    return wrong
-
-
-def _tied_copies(trainer: Trainer, plan: Plan) -> list[str]:
-    """Check 4: first and last stage hold the same bits of a tied embedding."""
-    from megatron.core import parallel_state as state
-
-    if not plan.case.tied or plan.layout.get("pp", 1) == 1:
-        return []
-    ends = [trainer.raw[0], trainer.raw[-1]]
-    owner = ends[0] if state.is_pipeline_first_stage(ignore_virtual=True) else ends[1]
-    weight = owner.shared_embedding_or_output_weight().detach()
-    summed = weight.clone()
-    torch.distributed.all_reduce(summed, group=state.get_embedding_group())
-    return [] if torch.equal(summed, 2 * weight) else ["the tied copies differ"]
-
+from megatron_trainer import Plan, Trainer, compare_plans, train
 
 BASE = Case()
 FUSED_WGRAD = {"gradient_accumulation_fusion": True}
@@ -83,7 +36,7 @@ def test_ten_adam_steps_tp2() -> None:
         Plan(replace(sp_tied, mtp=2, config=FUSED_WGRAD), {"tp": 2}, overlap=True, steps=3),
         Plan(replace(BASE, config=FUSED_WGRAD), {"tp": 2}, overlap=True, steps=3),
     ]
-    assert_nothing(run_ranks(_compare, plans))
+    assert_nothing(run_ranks(compare_plans, plans))
 
 
 def test_ten_adam_steps_pp2() -> None:
@@ -95,7 +48,7 @@ def test_ten_adam_steps_pp2() -> None:
         Plan(replace(tied, mtp=2), {"tp": 2, "pp": 2}, steps=5),
         Plan(BASE, {"tp": 2, "pp": 2}, micro=4, steps=3),
     ]
-    assert_nothing(run_ranks(_compare, plans, poison=False))
+    assert_nothing(run_ranks(compare_plans, plans, poison=False))
 
 
 def test_virtual_pipeline() -> None:
@@ -103,7 +56,7 @@ def test_virtual_pipeline() -> None:
     case = replace(BASE, layers=4)
     layout = {"tp": 2, "pp": 2, "vpp": 2}
     plans = [Plan(replace(case, tied=tied), layout, micro=4, steps=3) for tied in (False, True)]
-    assert_nothing(run_ranks(_compare, plans, poison=False))
+    assert_nothing(run_ranks(compare_plans, plans, poison=False))
 
 
 def _overlap_equals_plain(rank: Any) -> list[str]:
@@ -272,7 +225,7 @@ def test_install_before_or_after_wrapping() -> None:
 def test_hybrid_trains() -> None:
     """Check 9: HybridModel with MTP through the schedule."""
     case = replace(BASE, model="hybrid", mtp=2, tied=True, sequence_parallel=True)
-    assert_nothing(run_ranks(_compare, [Plan(case, {"tp": 2}, steps=3, overlap=True)]))
+    assert_nothing(run_ranks(compare_plans, [Plan(case, {"tp": 2}, steps=3, overlap=True)]))
 
 
 def test_recompute() -> None:
@@ -283,4 +236,4 @@ def test_recompute() -> None:
         "recompute_num_layers": 1,
     }
     case = replace(BASE, sequence_parallel=True, config=recompute)
-    assert_nothing(run_ranks(_compare, [Plan(case, {"tp": 2}, steps=2)]))
+    assert_nothing(run_ranks(compare_plans, [Plan(case, {"tp": 2}, steps=2)]))

@@ -198,31 +198,6 @@ def test_half_precision() -> None:
     assert_nothing(run_ranks(_half_precision, cases))
 
 
-def _context_parallel(rank: Any, cases: list[Case]) -> list[str]:
-    wrong = []
-    with model_parallel(tp=2, cp=2):
-        from megatron.core import parallel_state as state
-
-        part = state.get_context_parallel_rank()
-        for case in cases:
-            batch = batch_of(case)
-            half = slice(part * case.seq // 2, (part + 1) * case.seq // 2)
-            batch = type(batch)(
-                *(each[:, half].contiguous() for each in (batch.tokens, batch.labels, batch.mask))
-            )
-            want = one_step(build(case), batch, case)
-            got = one_step(install_cce(build(case)), batch, case)
-            wrong += [f"rank {rank.rank}: {case.name}: {e}" for e in differences(got, want)]
-    return wrong
-
-
-def test_context_parallel() -> None:
-    """Check 31: the caller's slices of the sequence; layers that do not mix tokens."""
-    case = Case(model="hybrid", pattern="--", seq=32)
-    cases = grid(case, tied=[False, True], sequence_parallel=[False, True])
-    assert_nothing(run_ranks(_context_parallel, cases))
-
-
 def _deterministic(rank: Any, cases: list[Case]) -> list[str]:
     wrong = []
     with model_parallel(tp=2):

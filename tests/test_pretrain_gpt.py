@@ -27,6 +27,11 @@ _TEXT = """
     --attention-backend unfused
 """
 ARGUMENTS = _TEXT.split()
+_EXPERTS = """
+    --num-experts 4 --expert-model-parallel-size 2 --expert-tensor-parallel-size 1
+    --moe-token-dispatcher-type alltoall --overlap-moe-expert-parallel-comm --bf16
+    --disable-bias-linear
+"""
 
 pytestmark = pytest.mark.no_poison
 
@@ -60,6 +65,32 @@ def test_printed_losses_are_the_same_with_and_without_cce(tmp_path: Path) -> Non
     alias, output = _printed("--cross-entropy-fusion-impl", "cce")
     assert alias == stock
     assert "6 fused losses, logits materialised 0 times" in output
+
+
+@needs_training
+@pytest.mark.timeout(500)
+def test_context_parallel_and_schedule_plan(tmp_path: Path) -> None:
+    """Sequences cut over two ranks; then the experts' communication overlapped, too."""
+    keep = ["--ckpt-format", "torch_dist", "--save", str(tmp_path), "--save-interval", "3"]
+    _printed(*keep)
+    # The same weights for both.
+    start = ["--cce", "--cce-strict", "--load", str(tmp_path), "--finetune"]
+    cut = ["--tensor-model-parallel-size", "1", "--context-parallel-size", "2"]
+    whole, _ = _printed(*start)
+    parts, output = _printed(*start, *cut)
+    assert len(whole) == 3
+    for got, want in zip(map(_numbers, parts), map(_numbers, whole), strict=True):
+        assert got == pytest.approx(want, rel=1e-5)
+    assert "6 fused losses, logits materialised 0 times" in output
+    overlapped, output = _printed("--cce", "--cce-strict", *cut, *_EXPERTS.split())
+    assert len(overlapped) == 3
+    assert all(6 < _numbers(line)[0] < 6.5 for line in overlapped)
+    assert "6 fused losses, logits materialised 0 times" in output
+
+
+def _numbers(line: str) -> list[float]:
+    """Loss and gradient norm of a printed line."""
+    return [float(word) for word in re.findall(r": (\S+)", line)]
 
 
 @pytest.mark.skipif(_has_training(), reason="megatron.training is installed")
