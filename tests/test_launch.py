@@ -64,7 +64,7 @@ def test_flag_beats_file() -> None:
         ("megatron.train_iters=many", r"megatron\.train_iters"),
         ("megatron.context_parallel_size=3", r"seq_length: expected a multiple of .* 6, got 128"),
         ("megatron.seq_length=0", r"megatron\.seq_length: expected a positive integer, got 0"),
-        ("megatron.lr_warmup_iters=500", r"megatron\.lr_warmup_iters: .*160.*got 500"),
+        ("megatron.lr_warmup_iters=500", r"megatron\.lr_warmup_iters: .*120.*got 500"),
         ("megatron.distributed_backend=mpi", r"distributed_backend: expected nccl or gloo"),
         ("megatron.cross_entropy_loss_fusion=true", r"use cce\.loss=stock-native-fusion"),
         ("megatron.train_data_path=a", r"valid_data_path: expected together"),
