@@ -22,6 +22,10 @@ class CceConfig:
             the global logits in bf16, at least 16 MiB.
         strict: materialising the logits of a head in training mode is a RuntimeError instead of
             one warning.
+        capture_dir: folder where one micro batch is saved for `launch.benchmark run --snapshot`;
+            None: nothing is saved.
+        capture_after: number of losses computed in training before the one that is saved, counted
+            for each output layer (micro batches and heads of multi-token prediction each count).
 
     Raises:
         ValueError: a value outside its range, or a filter that does not exist yet.
@@ -30,6 +34,8 @@ class CceConfig:
     grad_filter: GradFilter = GradFilter.exact()  # noqa: RUF009 (frozen)
     workspace_bytes: int | None = None
     strict: bool = False
+    capture_dir: str | None = None
+    capture_after: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.grad_filter, GradFilter):
@@ -47,6 +53,17 @@ class CceConfig:
                 "--cce-workspace-mb (workspace_bytes): expected at least 1 MiB, got "
                 f"{size / _MIB:g} MiB"
             )
+        if self.capture_dir is not None and not (
+            isinstance(self.capture_dir, str) and self.capture_dir
+        ):
+            raise ValueError(
+                f"--cce-capture (capture_dir): expected a folder's name, got {self.capture_dir!r}"
+            )
+        count = self.capture_after
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise ValueError(
+                f"--cce-capture-after (capture_after): expected an integer >= 0, got {count!r}"
+            )
 
     @classmethod
     def from_args(cls, args: Any) -> CceConfig:
@@ -62,6 +79,8 @@ class CceConfig:
             grad_filter=_filter_by_name(getattr(args, "cce_grad_filter", "exact")),
             workspace_bytes=None if megabytes is None else int(megabytes * _MIB),
             strict=getattr(args, "cce_strict", False),
+            capture_dir=getattr(args, "cce_capture", None),
+            capture_after=getattr(args, "cce_capture_after", 0),
         )
 
 
@@ -125,6 +144,19 @@ def add_cce_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         "--cce-strict",
         action="store_true",
         help="logits that something materialises in training are an error, not a warning",
+    )
+    group.add_argument(
+        "--cce-capture",
+        default=None,
+        metavar="DIR",
+        help="save the hidden states, targets and classifier of one micro batch for the benchmark",
+    )
+    group.add_argument(
+        "--cce-capture-after",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of losses in training before the one that is saved (default: 0)",
     )
     for action in parser._actions:
         if "--cross-entropy-fusion-impl" in action.option_strings and action.choices is not None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from cce_tp import LossStats
+from megatron_integration.capture import Capture
 from megatron_integration.config import CceConfig
 from megatron_integration.fused_head import HeadCall, fused_loss
 
@@ -29,10 +30,12 @@ class HeadState:
     Attributes:
         config: options.
         fused, materialized: number of fused losses, and of logits made for somebody in training.
+        capture: saves one micro batch, if the options ask for it.
     """
 
     def __init__(self, config: CceConfig) -> None:
         self.config = config
+        self.capture = Capture()
         self.fused = 0
         self.materialized = 0
         self.warned = False
@@ -124,6 +127,7 @@ class DeferredLogits:
 
     def loss(self, labels: Tensor) -> Tensor:
         """(b, s) int64 -> (b, s) fp32 loss per token, fused."""
+        self._state.capture(self._call, labels, self._state.config)
         # Only multi-token prediction asks for the largest logit (its acceptance counts).
         wants_argmax = bool(getattr(self._call.layer.config, "mtp_num_layers", None))
         loss, self._stats = fused_loss(

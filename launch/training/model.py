@@ -271,6 +271,8 @@ def cce_config(settings: Settings) -> CceConfig:
         cce_grad_filter=settings.loss.grad_filter,
         cce_workspace_mb=settings.loss.workspace_mb,
         cce_strict=settings.loss.strict,
+        cce_capture=settings.loss.capture,
+        cce_capture_after=settings.loss.capture_after,
     )
     return CceConfig.from_args(names)
 

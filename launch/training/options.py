@@ -92,12 +92,19 @@ class LoopOptions:
 
 @dataclass
 class LossOptions:
-    """Section `cce`: stock, stock-native-fusion or cce, and the options of the last."""
+    """Section `cce`: stock, stock-native-fusion or cce, and the options of the last.
+
+    Attributes:
+        loss: stock, stock-native-fusion or cce.
+        grad_filter, workspace_mb, strict, capture, capture_after: as the flags `--cce-...`.
+    """
 
     loss: str = "cce"
     grad_filter: str = "exact"
     workspace_mb: float | None = None
     strict: bool = False
+    capture: str | None = None
+    capture_after: int = 0
 
 
 LOSSES = ("stock", "stock-native-fusion", "cce")
