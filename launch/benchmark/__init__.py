@@ -1,0 +1,1 @@
+"""Measures this library's loss and others: `python -m launch.benchmark run | table | plot`."""

@@ -1,0 +1,200 @@
+"""The implementations that are compared, behind one signature, and what each can be asked.
+
+`TABLE` holds one entry per name of `catalogue.IMPLEMENTATIONS`. An entry's `build` imports what it
+needs and returns a function from `Operands` to the mean loss; what is not installed, not
+implemented or cannot do what is asked raises `NotAvailable` with the reason.
+
+Legend: N tokens, D hidden size, V global vocabulary, V_local rows of this rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cce_tp import GradFilter, LinearCrossEntropyLoss, VocabShard
+from launch.benchmark import peers
+from launch.benchmark.catalogue import IMPLEMENTATIONS, Options
+from launch.benchmark.peers import NotAvailable, Operands, Problem
+
+_DENSE_OPTIONS = frozenset({"bias", "softcap", "z_loss", "label_smoothing"})
+_ALL_OPTIONS = _DENSE_OPTIONS | {"statistics", "grad_weight_out"}
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One way to compute the loss.
+
+    Attributes:
+        build: (problem) -> function of `Operands`.
+        package: distribution whose version is recorded beside torch's.
+        options: names of `Options` that it takes.
+        exact: computes every element of the gradient; decides the limit of the gate.
+        sharded: takes a vocabulary that is split over a group.
+        cuda: needs a CUDA device.
+        compiled: torch.compile makes code for one set of sizes; a case starts without the code of
+            others, which would be for sizes that vary, or none at all once they are many.
+    """
+
+    build: Callable[[Problem], Callable[[Operands], Tensor]]
+    package: str
+    options: frozenset[str] = frozenset()
+    exact: bool = True
+    sharded: bool = False
+    cuda: bool = False
+    compiled: bool = False
+
+    def prepare(self, problem: Problem) -> Callable[[Operands], Tensor]:
+        """Build it for a problem.
+
+        Raises:
+            NotAvailable: with the reason.
+        """
+        for name in problem.options.asked():
+            if name not in self.options:
+                raise NotAvailable(f"has no option {name}")
+        if problem.group is not None and not self.sharded:
+            raise NotAvailable("takes no vocabulary that is split over ranks")
+        loss = self.build(problem)
+        if self.cuda and problem.device.type != "cuda":
+            raise NotAvailable("needs a CUDA device")
+        return loss
+
+
+def _ours(make_filter: Callable[[], GradFilter]) -> Callable[[Problem], Any]:
+    def build(problem: Problem) -> Callable[[Operands], Tensor]:
+        options = problem.options
+        shard = None
+        if problem.group is not None:
+            # Sequence parallelism, once the library reduces dE that way itself, is said here.
+            shard = VocabShard.even(problem.vocab, problem.group)
+        cap = options.workspace_mib
+        try:
+            loss = LinearCrossEntropyLoss(
+                vocab_shard=shard,
+                grad_filter=make_filter(),
+                label_smoothing=options.label_smoothing,
+                z_loss=options.z_loss,
+                logit_softcap=options.softcap,
+                return_stats=options.statistics,
+                workspace_bytes=None if cap is None else int(cap * 2**20),
+            )
+        except NotImplementedError as error:
+            raise NotAvailable(str(error)) from error
+
+        def call(operands: Operands) -> Tensor:
+            answer = loss(
+                operands.input,
+                operands.weight,
+                operands.target,
+                linear_bias=operands.bias,
+                grad_weight_out=operands.grad_weight_out,
+            )
+            return answer[0] if isinstance(answer, tuple) else answer
+
+        return call
+
+    return build
+
+
+def _dense(options: Options, upcast: bool) -> Callable[[Operands], Tensor]:
+    def call(operands: Operands) -> Tensor:
+        logits = F.linear(operands.input, operands.weight, operands.bias)
+        if upcast:
+            logits = logits.float()
+        if options.softcap is not None:
+            logits = torch.tanh(logits / options.softcap) * options.softcap
+        loss = F.cross_entropy(logits, operands.target, label_smoothing=options.label_smoothing)
+        if options.z_loss:
+            loss = loss + options.z_loss * logits.logsumexp(1).square().mean()
+        return loss
+
+    return call
+
+
+def _eager(problem: Problem) -> Callable[[Operands], Tensor]:
+    return _dense(problem.options, upcast=False)
+
+
+def _eager_fp32(problem: Problem) -> Callable[[Operands], Tensor]:
+    return _dense(problem.options, upcast=True)
+
+
+def _compiled(problem: Problem) -> Callable[[Operands], Tensor]:
+    if os.environ.get("TORCHDYNAMO_DISABLE", "0") == "1":
+        raise NotAvailable("TORCHDYNAMO_DISABLE=1 makes torch.compile do nothing")
+    return torch.compile(_dense(problem.options, upcast=True), dynamic=False)
+
+
+def _linear_ce(problem: Problem) -> Callable[[Operands], Tensor]:
+    del problem
+    function: Any = getattr(F, "linear_cross_entropy", None)
+    options: Any = getattr(torch.nn, "LinearCrossEntropyOptions", None)
+    if function is None or options is None:
+        raise NotAvailable(f"not in torch {torch.__version__}, which has no linear_cross_entropy")
+    chunked = options()
+
+    def call(operands: Operands) -> Tensor:
+        return function(
+            operands.input,
+            operands.weight,
+            operands.target,
+            linear_bias=operands.bias,
+            options=chunked,
+        )
+
+    return call
+
+
+TABLE: dict[str, Implementation] = {
+    "cce-tp-exact": Implementation(
+        _ours(GradFilter.exact), "cce-tp", options=_ALL_OPTIONS, sharded=True
+    ),
+    "cce-tp-paper": Implementation(
+        _ours(GradFilter.paper), "cce-tp", options=_ALL_OPTIONS, sharded=True, exact=False
+    ),
+    "cce-tp-far-field": Implementation(
+        _ours(GradFilter.far_field), "cce-tp", options=_ALL_OPTIONS, sharded=True, exact=False
+    ),
+    "torch-eager": Implementation(_eager, "torch", options=_DENSE_OPTIONS),
+    "torch-eager-fp32": Implementation(_eager_fp32, "torch", options=_DENSE_OPTIONS),
+    "torch-compiled": Implementation(_compiled, "torch", options=_DENSE_OPTIONS, compiled=True),
+    "torch-linear-ce": Implementation(_linear_ce, "torch", options=frozenset({"bias"})),
+    "megatron-unfused": Implementation(
+        peers.megatron_unfused,
+        "megatron-core",
+        options=frozenset({"bias", "label_smoothing"}),
+        sharded=True,
+    ),
+    "megatron-native": Implementation(
+        peers.megatron_native,
+        "megatron-core",
+        options=frozenset({"bias"}),
+        sharded=True,
+        compiled=True,
+    ),
+    "apple-cce": Implementation(
+        peers.apple_cce,
+        "cut-cross-entropy",
+        options=frozenset({"softcap"}),
+        exact=False,
+        cuda=True,
+    ),
+    "apple-cce-exact": Implementation(
+        peers.apple_cce_exact, "cut-cross-entropy", options=frozenset({"softcap"}), cuda=True
+    ),
+    "liger": Implementation(peers.liger, "liger-kernel", options=_DENSE_OPTIONS, cuda=True),
+    "te": Implementation(
+        peers.transformer_engine,
+        "transformer-engine",
+        options=frozenset({"bias", "label_smoothing"}),
+        cuda=True,
+    ),
+}
+assert tuple(TABLE) == tuple(IMPLEMENTATIONS)

@@ -1,0 +1,135 @@
+"""What a measurement leaves behind: one JSON object per line, and tables made of them.
+
+Schema 1. A record is the measurement of one implementation on one case:
+
+| key | value |
+|---|---|
+| `schema` | 1 |
+| `date`, `commit` | UTC, ISO 8601; revision of the checkout, "-dirty" if changed, or null |
+| `hardware` | `name` of the GPU or CPU, `count` of GPUs seen, `driver`, `cuda` |
+| `versions` | `python`, `torch`, `triton`, `cce_tp`, and the implementation's own package |
+| `suite`, `model` | names, or "" |
+| `implementation` | a name of `catalogue.IMPLEMENTATIONS` |
+| `status` | "ok", "failed" (the gate), "not available", "out of memory" or "error" |
+| `reason` | one line where the status is not "ok", else null |
+| `shape` | `tokens` N, `hidden` D, `vocab` V, `rows` of it per rank (at most) |
+| `dtype`, `tf32` | of inputs and products |
+| `inputs` | `kind` ("random", "peaked", "snapshot"), `seed` or `snapshot` (its name) |
+| `options` | those that are not at their defaults, see `catalogue.Options` |
+| `shard` | [r, W]: rank r's rows of W, measured without a group; or null |
+| `gate` | `errors` by name (null: not finite), `limits`: see `reference.py`; or null |
+| `gemm` | `before`, `after`: timings of E @ C^T of the same rows, `ms`: mean of the medians |
+| `forward`, `both` | timings of the forward pass without gradients, and of forward + backward |
+| `host` | `forward_us`, `backward_us`: what a call keeps the host; or null |
+| `ranks` | null for one rank; else see below |
+
+A timing is {`median_ms`, `low_ms`, `high_ms` (10% and 90% quantiles), `runs`, `ranks_ms` (median
+of each rank), `gemms` (median over gemm's ms; not in `gemm`), `extra_bytes`}, or null.
+
+`extra_bytes` is the peak of the CUDA caching allocator during a warm step, less what was allocated
+before it (the inputs) and less the gradients that the step leaves (dE, dC, the bias's); null on a
+CPU. What libraries allocate outside of the allocator, and cuBLAS's workspace, which the first call
+leaves, are not in it.
+
+`ranks`: `world_size`, `backend`, `alone_forward` and `alone_both` (timings of the same rows
+without a group, so without collectives), `exposed_forward_ms` and `exposed_both_ms` (what the group
+adds), and `collectives_ms` (of each collective of this library by itself, by name).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+
+Record = dict[str, Any]
+
+
+def clean(value: Any) -> Any:
+    """The same with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: clean(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def append(path: Path, record: Record) -> None:
+    """Add a line to a file; it is on disk when this returns."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(clean(record), allow_nan=False) + "\n")
+
+
+def read(paths: Sequence[str]) -> list[list[Record]]:
+    """The records of each file.
+
+    Raises:
+        ValueError: no such file, or a line that is no record of this schema.
+    """
+    found = []
+    for path in paths:
+        if not Path(path).is_file():
+            raise ValueError(f"FILE: expected a file of records, got {path!r}, which is none")
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        records = [_parse(path, number, line) for number, line in enumerate(lines, start=1) if line]
+        if not records:
+            raise ValueError(f"FILE: expected records, got none in {path!r}")
+        found.append(records)
+    return found
+
+
+def _parse(path: str, number: int, line: str) -> Record:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        record = None
+    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+        raise ValueError(f"FILE: expected a record of schema {SCHEMA}, got line {number} of {path}")
+    return record
+
+
+def case_key(record: Record, *, without: Iterable[str] = ()) -> str:
+    """What makes two records measurements of one case, whatever the implementation, as text."""
+    parts = {
+        **{name: record["shape"][name] for name in ("tokens", "hidden", "vocab")},
+        **{name: record[name] for name in ("suite", "dtype", "tf32", "inputs", "options", "shard")},
+        "hardware": record["hardware"]["name"],
+        "world_size": (record["ranks"] or {}).get("world_size", 1),
+    }
+    for name in without:
+        del parts[name]
+    return json.dumps(parts, sort_keys=True)
+
+
+def dtype_label(record: Record) -> str:
+    """Such as "bf16" or "fp32 (TF32)"."""
+    return record["dtype"] + (" (TF32)" if record["tf32"] else "")
+
+
+def case_label(record: Record) -> str:
+    """A case in words: shape, dtype, inputs, options."""
+    shape = record["shape"]
+    words = [f"{shape['tokens']} x {shape['hidden']} x {shape['vocab']}", dtype_label(record)]
+    if record["model"]:
+        words.insert(0, record["model"])
+    words.append(record["inputs"].get("snapshot") or record["inputs"]["kind"])
+    if record["shard"]:
+        words.append("rows of rank {} of {}".format(*record["shard"]))
+    for name, value in record["options"].items():
+        words.append(name if value is True else f"{name}={value:g}")
+    if record["ranks"]:
+        words.append(f"{record['ranks']['world_size']} ranks, {record['ranks']['backend']}")
+    return ", ".join(words)
+
+
+def source_label(record: Record) -> str:
+    """Where a record was measured: hardware and versions."""
+    versions = record["versions"]
+    found = f"{record['hardware']['name']}, torch {versions['torch']}"
+    return found + (f", Triton {versions['triton']}" if versions["triton"] else "")

@@ -1,0 +1,94 @@
+"""Measures cases, and makes a record for each implementation on each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from datetime import datetime, timezone
+from typing import Any
+
+from launch.benchmark import machine, reference
+from launch.benchmark.casework import CaseWork
+from launch.benchmark.catalogue import Case
+from launch.benchmark.implementations import TABLE, Implementation
+from launch.benchmark.inputs import Snapshot
+from launch.benchmark.measure import Meter
+from launch.benchmark.outcome import Outcome, forget, forget_compiled
+from launch.benchmark.parallel import World
+from launch.benchmark.records import SCHEMA, Record
+from launch.benchmark.steps import even_rows
+
+
+class Session:
+    """Measurements with one set of conditions.
+
+    Args:
+        world: this rank and the others.
+        seconds: of measuring for each of forward, and forward + backward.
+        seed: of made-up inputs.
+        snapshot: inputs of the cases whose inputs are "snapshot".
+        commit: revision for the record.
+        table: implementations by name.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        *,
+        seconds: float,
+        seed: int = 0,
+        snapshot: Snapshot | None = None,
+        commit: str | None = None,
+        table: Mapping[str, Implementation] = TABLE,
+    ) -> None:
+        self.world, self.seed, self.snapshot = world, seed, snapshot
+        self.meter = Meter(world, seconds)
+        self.table = table
+        self._commit = commit
+        self._hardware = machine.hardware(world.device)
+
+    def measure(self, case: Case, names: list[str]) -> Iterator[Record]:
+        """One record per implementation, as soon as it is measured; all ranks must iterate."""
+        if any(self.table[name].compiled for name in names):
+            forget_compiled()
+        forget(self.world.device)
+        with reference.matmul_precision("high" if case.tf32 else "highest"):
+            work = CaseWork(self.world, self.meter, self.table, case)
+            outcome = work.begin(self.seed, self.snapshot)
+            if outcome.status == "ok":
+                outcome = work.gate(names)
+            for name in names:
+                if outcome.status != "ok":
+                    yield self._record(case, name, outcome, {})
+                    continue
+                fields = work.measure(name)
+                yield self._record(case, name, work.outcomes[name], fields)
+
+    def _record(self, case: Case, name: str, outcome: Outcome, fields: dict[str, Any]) -> Record:
+        inputs: dict[str, Any] = {"kind": case.inputs, "seed": self.seed}
+        if self.snapshot is not None:
+            inputs = {"kind": case.inputs, "snapshot": self.snapshot.name}
+        ranks = self.world.size if case.shard is None else case.shard[1]
+        start, stop = even_rows(case.shape.vocab, 0, ranks)
+        record = {
+            "schema": SCHEMA,
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "commit": self._commit,
+            "hardware": self._hardware,
+            "versions": machine.versions(self.table[name].package),
+            "suite": case.suite,
+            "model": case.name,
+            "implementation": name,
+            "status": outcome.status,
+            "reason": outcome.reason,
+            "shape": {**asdict(case.shape), "rows": stop - start},
+            "dtype": case.dtype,
+            "tf32": case.tf32,
+            "inputs": inputs,
+            "options": case.options.changed(),
+            "shard": case.shard,
+            **dict.fromkeys(("gate", "gemm", "forward", "both", "host", "ranks")),
+        }
+        if self.world.size > 1:
+            record["ranks"] = {"world_size": self.world.size, "backend": self.world.backend}
+        return record | fields
