@@ -1,0 +1,172 @@
+"""Records as tables, for the terminal and for Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from launch.benchmark.records import Record, case_key, case_label, source_label
+
+_HEADERS = (
+    *("implementation", "gemm ms", "forward", "forward + backward", "MiB"),
+    *("error of the loss", "of dE", "of dC", "note"),
+)
+
+# Suites whose question is which implementation; "" holds the cases of no suite.
+_COMPARISONS = ("", "models", "bars", "host")
+
+
+def terminal(records: Sequence[Record]) -> str:
+    """One table of one case."""
+    from tabulate import tabulate
+
+    rows = [_row([record], [record]) for record in records]
+    return tabulate(rows, headers=_HEADERS, disable_numparse=True)
+
+
+def markdown(files: Sequence[Sequence[Record]]) -> str:
+    """A section per suite; values of several files stand side by side, in their order.
+
+    Suites that compare implementations have a table per case, sweeps one with a line per case and
+    implementation. What is not available is said below a table.
+    """
+    every = [record for records in files for record in records]
+    lines: list[str] = []
+    for suite in dict.fromkeys(record["suite"] for record in every):
+        here = [record for record in every if record["suite"] == suite]
+        keys = dict.fromkeys(case_key(record) for record in here)
+        cases = [[record for record in here if case_key(record) == key] for key in keys]
+        lines += [f"## {suite or 'cases'}", ""]
+        if suite in _COMPARISONS:
+            for case in cases:
+                lines += [f"### {case_label(case[0])}", "", *_table([case], every)]
+        else:
+            lines += _table(cases, every)
+    return "\n".join(lines)
+
+
+def _table(cases: Sequence[Sequence[Record]], every: Sequence[Record]) -> list[str]:
+    from tabulate import tabulate
+
+    rows, missing = [], {}
+    for case in cases:
+        for name in dict.fromkeys(record["implementation"] for record in case):
+            same = [record for record in case if record["implementation"] == name]
+            if all(record["status"] == "not available" for record in same):
+                missing[name] = same[0]["reason"]
+                continue
+            label = [case_label(same[0])] if len(cases) > 1 else []
+            rows.append(label + _row(same, every))
+    headers = (["case"] if len(cases) > 1 else []) + list(_HEADERS)
+    lines = [_source([record for case in cases for record in case]), ""]
+    lines += [tabulate(rows, headers, tablefmt="github", disable_numparse=True), ""]
+    if missing:
+        listed = "; ".join(f"{name} ({reason})" for name, reason in missing.items())
+        lines += [f"Not available: {listed}.", ""]
+    return lines
+
+
+def _source(records: Sequence[Record]) -> str:
+    sources = dict.fromkeys(source_label(record) for record in records)
+    commits = dict.fromkeys(record["commit"] or "no revision" for record in records)
+    days = dict.fromkeys(record["date"][:10] for record in records)
+    packages = dict.fromkeys(
+        f"{name} {found}"
+        for record in records
+        for name, found in record["versions"].items()
+        if name not in ("python", "torch", "triton", "cce_tp") and found
+    )
+    listed = ("; ".join(sources), ", ".join(days), ", ".join(each[:16] for each in commits))
+    return "; ".join([*listed, *packages])
+
+
+def _row(records: Sequence[Record], every: Sequence[Record]) -> list[str]:
+    """One implementation on one case; several records are repetitions."""
+
+    def cell(text: Callable[[Record], str]) -> str:
+        texts = [text(record) for record in records]
+        return texts[0] if len(set(texts)) == 1 else " / ".join(texts)
+
+    def error(name: str) -> Callable[[Record], str]:
+        return lambda record: _error(record, name)
+
+    return [
+        records[0]["implementation"],
+        cell(lambda record: _number(record["gemm"] and record["gemm"]["ms"])),
+        cell(lambda record: _timing(record["forward"])),
+        cell(lambda record: _timing(record["both"])),
+        cell(_memory),
+        *(cell(error(name)) for name in ("loss", "input_grad", "weight_grad")),
+        cell(lambda record: _note(record, every)),
+    ]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if value < 1 else f"{value:.2f}"
+
+
+def _timing(timing: dict | None) -> str:
+    """Gemms with their spread; milliseconds where there is no gemm to compare with."""
+    if timing is None:
+        return "-"
+    if timing["gemms"] is None:
+        return f"{_number(timing['median_ms'])} ms"
+    unit = timing["median_ms"] / timing["gemms"]
+    low, high = timing["low_ms"] / unit, timing["high_ms"] / unit
+    return f"{_number(timing['gemms'])} ({_number(low)}-{_number(high)})"
+
+
+def _memory(record: Record) -> str:
+    timing = record["both"] or record["forward"]
+    if timing is None or timing["extra_bytes"] is None:
+        return "-"
+    return f"{timing['extra_bytes'] / 2**20:,.0f}"
+
+
+def _error(record: Record, name: str) -> str:
+    if record["gate"] is None or name not in record["gate"]["errors"]:
+        return "-"
+    value = record["gate"]["errors"][name]
+    return "not finite" if value is None else f"{value:.1e}"
+
+
+def _note(record: Record, every: Sequence[Record]) -> str:
+    notes = []
+    if record["status"] != "ok":
+        notes.append(f"{record['status']}: {record['reason']}")
+    if record["host"]:
+        us = [record["host"][name] for name in ("forward_us", "backward_us")]
+        notes.append("host " + " + ".join(f"{each:.0f}" for each in us if each) + " us")
+    ranks = record["ranks"] or {}
+    if "exposed_forward_ms" in ranks:
+        exposed = [ranks["exposed_forward_ms"], ranks["exposed_both_ms"]]
+        shown = " and ".join(f"{each:.2f}" for each in exposed if each is not None)
+        notes.append(f"the group adds {shown} ms")
+        notes += [f"{name} alone {ms:.2f} ms" for name, ms in ranks["collectives_ms"].items()]
+    share = share_of_whole(record, every)
+    if share is not None:
+        notes.append(f"{share:.2f} of 1/{record['shard'][1]} of the whole")
+    return "; ".join(notes)
+
+
+def share_of_whole(record: Record, every: Sequence[Record]) -> float | None:
+    """Forward + backward of a shard against 1/W of the whole vocabulary's, both in ms.
+
+    The whole is the last record of the same case without a shard; None without one.
+    """
+    if not record["shard"] or not record["both"]:
+        return None
+    key = case_key(record, without=("shard",))
+    wholes = [
+        other
+        for other in every
+        if other["both"]
+        and not other["shard"]
+        and other["implementation"] == record["implementation"]
+        and case_key(other, without=("shard",)) == key
+    ]
+    if not wholes:
+        return None
+    whole_ms = wholes[-1]["both"]["median_ms"]
+    return record["both"]["median_ms"] * record["shard"][1] / whole_ms
