@@ -1,0 +1,255 @@
+"""Measure the loss layer, and make tables and figures of what was measured.
+
+    python -m launch.benchmark run --model llama3-8b --out runs/bench.jsonl
+    python -m launch.benchmark run --suite standard --out runs/standard.jsonl
+    torchrun --nproc-per-node 4 -m launch.benchmark run --model llama3-8b --out runs/tp4.jsonl
+    python -m launch.benchmark table runs/*.jsonl
+    python -m launch.benchmark plot runs/*.jsonl --out-dir runs/figures
+
+`run` compares every implementation that is installed: first with fp32 (who is wrong is reported
+and not timed), then in time, in units of one E @ C^T by the vendor library at the same shape in
+the same run, and in memory. It needs neither matplotlib nor a GPU; on a CPU it is only good to try
+it. docs/benchmarks.md says what is counted, launch/benchmark/records.py what is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+from launch.benchmark.catalogue import (
+    DEFAULT_TOKENS,
+    DTYPES,
+    IMPLEMENTATIONS,
+    INPUTS,
+    MODELS,
+    Case,
+    Options,
+    Shape,
+    parse_implementations,
+    parse_shard,
+)
+from launch.benchmark.suites import SUITES, suite
+
+_OPTION_FLAGS = tuple(Options.__slots__)
+_PACKAGES = {"run": ("tqdm", "tabulate"), "table": ("tabulate",), "plot": ("matplotlib",)}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line, and the caller's to print."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    names = "\n".join(f"  {name:18} {text}" for name, text in IMPLEMENTATIONS.items())
+    root = _Parser(
+        prog="python -m launch.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = root.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run",
+        help="measure, and write one record per implementation and case",
+        epilog=f"implementations:\n{names}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_run_arguments(run)
+    table = commands.add_parser("table", help="records as Markdown, on standard output")
+    table.add_argument("files", nargs="+", metavar="FILE")
+    plot = commands.add_parser("plot", help="records as figures")
+    plot.add_argument("files", nargs="+", metavar="FILE")
+    plot.add_argument("--out-dir", required=True, metavar="DIR")
+    plot.add_argument("--format", choices=("png", "svg"), default="png")
+    return root
+
+
+def _add_run_arguments(run: argparse.ArgumentParser) -> None:
+    what = run.add_argument_group("what is measured (any number of shapes)")
+    add = what.add_argument
+    add("--model", action="append", default=[], metavar="NAME", help=", ".join(MODELS))
+    add("--shape", action="append", default=[], metavar="N,D,V", help="tokens, hidden, vocabulary")
+    add("--suite", action="append", default=[], metavar="NAME", help=", ".join(SUITES))
+    add("--snapshot", metavar="PATH", help="file of a trained model, or folder of --cce-capture")
+    add("--tokens", type=int, metavar="N", help=f"of a model ({DEFAULT_TOKENS}) or snapshot (all)")
+    add("--inputs", choices=INPUTS, help="made-up inputs (random)")
+    add("--seed", type=int, default=0, help="of made-up inputs (0)")
+    add("--dtype", choices=DTYPES, help="of inputs (bf16)")
+    add("--tf32", action="store_true", help="fp32 products in TF32")
+    add("--shard", metavar="r/W", help="only the rows of rank r of W, without a group")
+    add("--implementations", metavar="NAME,...", help="default: all; names below")
+    loss = run.add_argument_group("options of the loss")
+    add = loss.add_argument
+    add("--bias", action="store_true", help="add a bias to the logits")
+    add("--softcap", type=float, metavar="X")
+    add("--z-loss", type=float, metavar="X", default=0.0)
+    add("--label-smoothing", type=float, metavar="X", default=0.0)
+    add("--statistics", action="store_true", help="of the logits, beside the loss")
+    add("--grad-weight-out", action="store_true", help="dC is added to a given fp32 tensor")
+    add("--workspace-mib", type=float, metavar="X", help="cap on this library's temporaries")
+    add("--forward-only", action="store_true")
+    how = run.add_argument_group("how")
+    add = how.add_argument
+    add(
+        "--seconds-per-case",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="of measuring for each of forward, and forward + backward (0.5)",
+    )
+    add("--host-time", action="store_true", help="also the host's time per call")
+    add("--out", metavar="FILE", help="JSON lines; records are added to it")
+    add("--commit", metavar="REV", help="revision to record where there is no git checkout")
+
+
+def cases(args: argparse.Namespace, snapshot: Any, world_size: int) -> list[Case]:
+    """What the command line asks for.
+
+    Args:
+        args: of `run`.
+        snapshot: what `--snapshot` names, or None.
+        world_size: ranks that measure together.
+
+    Raises:
+        ValueError: flags that do not fit together, or a value outside its range.
+    """
+    if args.tokens is not None and args.tokens < 1:
+        raise ValueError(f"--tokens: expected a positive integer, got {args.tokens}")
+    if not args.seconds_per_case > 0:
+        raise ValueError(f"--seconds-per-case: expected a number > 0, got {args.seconds_per_case}")
+    if args.shard and world_size > 1:
+        raise ValueError(f"--shard: expected one process, got {world_size} ranks")
+    options = Options(**{name: getattr(args, name) for name in _OPTION_FLAGS})
+    names = parse_implementations(args.implementations)
+    if args.suite:
+        return _suite_cases(args, options, names, world_size)
+    common: dict[str, Any] = {
+        "dtype": args.dtype or "bf16",
+        "tf32": args.tf32,
+        "options": options,
+        "shard": parse_shard(args.shard) if args.shard else None,
+        "host_time": args.host_time,
+        "implementations": names,
+    }
+    if snapshot is not None:
+        if args.model or args.shape or args.inputs:
+            raise ValueError("--snapshot: expected without --model, --shape and --inputs")
+        shape = snapshot.shape
+        shape = Shape(min(args.tokens or shape.tokens, shape.tokens), shape.hidden, shape.vocab)
+        return [Case(shape=shape, inputs="snapshot", **common)]
+    common["inputs"] = args.inputs or "random"
+    tokens = args.tokens or DEFAULT_TOKENS
+    found = [Case(shape=Shape.of_model(name, tokens), name=name, **common) for name in args.model]
+    found += [Case(shape=Shape.parse(text), **common) for text in args.shape]
+    if not found:
+        raise ValueError("--model, --shape, --snapshot or --suite: expected one of them, got none")
+    return found
+
+
+def _suite_cases(
+    args: argparse.Namespace, options: Options, names: tuple[str, ...] | None, world_size: int
+) -> list[Case]:
+    given = {
+        **{"--model": args.model, "--shape": args.shape, "--snapshot": args.snapshot},
+        **{"--tokens": args.tokens, "--dtype": args.dtype, "--tf32": args.tf32},
+        **{"--shard": args.shard, "--host-time": args.host_time},
+        **{f"--{name.replace('_', '-')}": True for name in options.changed()},
+    }
+    for flag, value in given.items():
+        if value:
+            raise ValueError(f"{flag}: expected without --suite, which says it itself")
+    found = [case for name in dict.fromkeys(args.suite) for case in suite(name)]
+    kept = []
+    for case in found:
+        own = case.implementations or tuple(IMPLEMENTATIONS)
+        chosen = own if names is None else tuple(name for name in own if name in names)
+        # What one rank's rows cost without the others is not a question to a group.
+        if chosen and not (case.shard and world_size > 1):
+            kept.append(replace(case, implementations=chosen, inputs=args.inputs or case.inputs))
+    if not kept:
+        raise ValueError("--implementations: expected one that the suite measures, got none")
+    return kept
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure; writes and shows on rank 0 alone."""
+    from tqdm import tqdm
+
+    from launch.benchmark import inputs, machine, records, tables
+    from launch.benchmark.parallel import World
+    from launch.benchmark.session import Session
+
+    world = World.from_environment()
+    snapshot = inputs.load(args.snapshot) if args.snapshot and not args.suite else None
+    plan = cases(args, snapshot, world.size)
+    first = world.rank == 0
+    if args.out and first:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    total = sum(len(case.implementations or IMPLEMENTATIONS) for case in plan)
+    with world, tqdm(total=total, unit="row", disable=None if first else True) as bar:
+        session = Session(
+            world,
+            seconds=args.seconds_per_case,
+            seed=args.seed,
+            snapshot=snapshot,
+            commit=args.commit or machine.commit(),
+        )
+        for case in plan:
+            rows = []
+            for record in session.measure(case, list(case.implementations or IMPLEMENTATIONS)):
+                rows.append(record)
+                bar.set_description(f"{case.shape} {record['implementation']}", refresh=False)
+                bar.update()
+                if args.out and first:
+                    records.append(Path(args.out), record)
+            if first:
+                shown = [records.clean(record) for record in rows]
+                heading = f"{records.case_label(shown[0])}; {records.source_label(shown[0])}"
+                bar.write(f"\n{heading}\n{tables.terminal(shown)}", file=sys.stdout)
+
+
+def _require(*packages: str) -> None:
+    """Say what is not installed before anything is measured, not after."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"{package}: expected to be installed (pip install 'cce-tp[bench]'), got none"
+            )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    try:
+        args = parser().parse_args(arguments)
+        _require(*_PACKAGES[args.command])
+        if args.command == "run":
+            run(args)
+            return 0
+        from launch.benchmark import records
+
+        found = records.read(args.files)
+        if args.command == "table":
+            from launch.benchmark import tables
+
+            print(tables.markdown(found))
+        else:
+            from launch.benchmark import figures
+
+            for line in figures.draw(found, Path(args.out_dir), args.format):
+                print(line)
+    except ValueError as error:
+        print(f"launch.benchmark: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

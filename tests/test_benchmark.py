@@ -1,0 +1,300 @@
+"""The benchmark's measurements, on the CPU at tiny sizes: every implementation, the gate, ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmark_runs import ALL_OPTIONS, CPU, QUICK, TINY, run
+from launch.benchmark import __main__ as command
+from launch.benchmark import records, tables
+from launch.benchmark.catalogue import IMPLEMENTATIONS, Case, Options
+from launch.benchmark.implementations import TABLE, Implementation
+from launch.benchmark.measure import Meter, Timing
+from launch.benchmark.parallel import World
+from launch.benchmark.peers import NotAvailable, Operands, Problem
+from launch.benchmark.session import Session
+from launch.benchmark.steps import even_rows
+from launch_runs import torchrun
+
+pytestmark = pytest.mark.no_poison
+
+
+def _measure(case: Case, table: dict[str, Implementation] | None = None) -> list[dict[str, Any]]:
+    table = TABLE if table is None else table
+    names = [name for name in table if case.implementations is None or name in case.implementations]
+    with World(device=CPU, backend="gloo") as world:
+        return list(Session(world, seconds=0.002, table=table).measure(case, names))
+
+
+def test_run_then_table_then_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every implementation gives a row; the rows make the table and the figures."""
+    wanted = [name for name in IMPLEMENTATIONS if name not in ("torch-compiled", "megatron-native")]
+    flags = ("--dtype", "fp32", "--implementations", ",".join(wanted))
+    found = run(tmp_path / "rows.jsonl", *flags, "--shape", "48,16,96", "--shape", "33,16,96")
+    shown = capsys.readouterr().out
+    assert not dist.is_initialized()
+    assert [record["implementation"] for record in found] == 2 * wanted
+    for record in found:
+        name, status = record["implementation"], record["status"]
+        assert name in shown
+        if name in ("liger", "te", "apple-cce", "apple-cce-exact", "cce-tp-far-field"):
+            assert status in ("not available", "ok"), record
+            assert status == "ok" or record["reason"]
+            continue
+        assert status == "ok", record
+        assert record["reason"] is None
+        assert record["gate"]["errors"].keys() == {"loss", "input_grad", "weight_grad"}
+        assert all(error < 1e-5 for error in record["gate"]["errors"].values())
+        for key in ("forward", "both"):
+            timing = record[key]
+            assert 0 < timing["low_ms"] <= timing["median_ms"] <= timing["high_ms"]
+            assert timing["gemms"] == pytest.approx(timing["median_ms"] / record["gemm"]["ms"])
+            assert timing["runs"] >= 5
+        assert record["versions"]["torch"] == torch.__version__
+        assert record["hardware"]["name"].startswith("CPU")
+        assert record["shape"] == {"tokens": record["shape"]["tokens"], "hidden": 16} | {
+            "vocab": 96,
+            "rows": 96,
+        }
+
+    file = str(tmp_path / "rows.jsonl")
+    assert command.main(["table", file, file]) == 0
+    markdown = capsys.readouterr().out
+    assert "### 48 x 16 x 96, fp32, random" in markdown
+    assert "| torch-eager-fp32 " in markdown
+    assert "Not available: " in markdown
+
+    assert command.main(["plot", file, "--out-dir", str(tmp_path / "figures")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    made = sorted(path.name for path in (tmp_path / "figures").iterdir())
+    assert made == ["error-1.png", "error-2.png", "tokens.png"]
+    assert any(line.startswith("no figure 'memory'") for line in lines)
+    for path in (tmp_path / "figures").iterdir():
+        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000
+
+
+def test_run_needs_no_plotting_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("matplotlib", "pandas", "megatron"):
+        monkeypatch.setitem(sys.modules, package, None)
+        for name in [name for name in sys.modules if name.startswith(f"{package}.")]:
+            monkeypatch.delitem(sys.modules, name)
+    names = "cce-tp-exact,megatron-unfused"
+    found = run(tmp_path / "rows.jsonl", "--shape", "48,16,96", "--implementations", names)
+    assert [record["status"] for record in found] == ["ok", "not available"]
+    assert "megatron-core is not installed" in found[1]["reason"]
+
+
+def test_what_is_missing_is_said_before_measuring(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None)
+    assert command.main(["run", "--shape", "8,8,8"]) == 2
+    assert "tqdm: expected to be installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(),
+        ALL_OPTIONS,
+        replace(ALL_OPTIONS, statistics=True, grad_weight_out=True, workspace_mib=2),
+        Options(forward_only=True),
+    ],
+    ids=lambda options: "+".join(options.changed()) or "plain",
+)
+def test_options_pass_the_gate(dtype: str, options: Options) -> None:
+    names = ("cce-tp-exact", "torch-eager-fp32", "megatron-unfused")
+    case = Case(shape=TINY, dtype=dtype, options=options, implementations=names, inputs="peaked")
+    ours, eager, megatron = _measure(case)
+    assert ours["status"] == "ok", ours
+    errors = {"loss", "input_grad", "weight_grad"} | ({"bias_grad"} if options.bias else set())
+    assert ours["gate"]["errors"].keys() == ({"loss"} if options.forward_only else errors)
+    assert (ours["both"] is None) == options.forward_only
+    if options.statistics:
+        assert (eager["status"], eager["reason"]) == ("not available", "has no option statistics")
+    else:
+        assert eager["status"] == "ok", eager
+    if options.bias:
+        assert (megatron["status"], megatron["reason"]) == (
+            "not available",
+            "has no option softcap",
+        )
+
+
+def _entry(call: Callable[[Operands], Tensor]) -> Implementation:
+    def build(problem: Problem) -> Callable[[Operands], Tensor]:
+        del problem
+        return call
+
+    return Implementation(build, "torch")
+
+
+def _loss(operands: Operands) -> Tensor:
+    return F.cross_entropy(operands.input @ operands.weight.t(), operands.target)
+
+
+def test_wrong_implementations_fail_the_gate_and_are_not_timed() -> None:
+    calls = dict.fromkeys(("loss", "dE", "dC", "nan"), 0)
+
+    def wrong(name: str, change: Callable[[Operands], Tensor]) -> Implementation:
+        def call(operands: Operands) -> Tensor:
+            calls[name] += 1
+            return change(operands)
+
+        return _entry(call)
+
+    def scale(tensor: Tensor, by: float) -> Tensor:
+        """The same numbers, another gradient."""
+        return tensor * by - tensor.detach() * (by - 1)
+
+    table = {
+        "loss": wrong("loss", lambda o: _loss(o) + 0.01),
+        "dE": wrong("dE", lambda o: _loss(replace(o, input=scale(o.input, 1.001)))),
+        "dC": wrong("dC", lambda o: _loss(replace(o, weight=scale(o.weight, 1.001)))),
+        "nan": wrong("nan", lambda o: _loss(o) * torch.nan),
+        "right": _entry(_loss),
+        "filtered": replace(
+            _entry(lambda o: _loss(replace(o, input=scale(o.input, 1.01)))), exact=False
+        ),
+    }
+    found = {r["implementation"]: r for r in _measure(Case(shape=TINY, dtype="fp32"), table)}
+    for name, what in (("loss", "loss"), ("dE", "input_grad"), ("dC", "weight_grad")):
+        record = found[name]
+        assert record["status"] == "failed", record
+        assert f"{what} " in record["reason"] and ">" in record["reason"]
+        assert record["gate"]["errors"][what] > record["gate"]["limits"][what]
+        assert record["forward"] is record["both"] is record["gemm"] is None
+    assert found["nan"]["status"] == "failed"
+    assert records.clean(found["nan"])["gate"]["errors"]["loss"] is None
+    assert set(calls.values()) == {1}
+    assert found["right"]["status"] == found["filtered"]["status"] == "ok"
+
+
+def test_what_raises_is_a_row_and_the_rest_is_measured() -> None:
+    def raises(error: Exception) -> Implementation:
+        def call(operands: Operands) -> Tensor:
+            raise error
+
+        return _entry(call)
+
+    later: list[int] = []
+
+    def out_of_memory_later(operands: Operands) -> Tensor:
+        later.append(0)
+        if len(later) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. GPU 0 has\nmany bytes")
+        return _loss(operands)
+
+    table = {
+        "memory": raises(torch.OutOfMemoryError("CUDA out of memory. Tried 9 GiB. GPU 0 has\nx")),
+        "memory later": _entry(out_of_memory_later),
+        "other": raises(AssertionError("strides\ndo not fit")),
+        "missing": raises(NotAvailable("not for this size")),
+        "right": _entry(_loss),
+    }
+    found = _measure(Case(shape=TINY), table)
+    assert [(record["status"], record["reason"]) for record in found] == [
+        ("out of memory", "CUDA out of memory. Tried 9 GiB."),
+        ("out of memory", "CUDA out of memory."),
+        ("error", "AssertionError: strides"),
+        ("not available", "not for this size"),
+        ("ok", None),
+    ]
+
+
+def test_records_are_written_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured before an interruption is there."""
+
+    def interrupted(problem: Problem) -> Any:
+        raise KeyboardInterrupt
+
+    broken = Implementation(interrupted, "torch")
+    monkeypatch.setitem(TABLE, "torch-eager", broken)
+    out = tmp_path / "rows.jsonl"
+    flags = ("--shape", "48,16,96", "--shape", "48,16,97", "--out", str(out), *QUICK)
+    assert command.main(["run", *flags, "--implementations", "torch-eager-fp32"]) == 0
+    with pytest.raises(KeyboardInterrupt):
+        command.main(["run", *flags, "--implementations", "torch-eager-fp32,torch-eager"])
+    assert len(out.read_text().splitlines()) == 2
+
+
+def test_timing_and_host_time() -> None:
+    timing = Timing.of([float(each) for each in range(1, 12)], World())
+    assert (timing.median_ms, timing.low_ms, timing.high_ms, timing.runs) == (6, 2, 10, 11)
+    meter = Meter(World(), seconds=0.01)
+    assert meter.peak_bytes(lambda: None, lambda: 0) is None
+    case = Case(shape=TINY, host_time=True, implementations=("cce-tp-exact",))
+    (record,) = _measure(case)
+    assert 1 < record["host"]["forward_us"] < 1e7
+    assert 1 < record["host"]["backward_us"] < 1e7
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    """A split vocabulary, Megatron beside us; rank 0 alone writes."""
+    out = tmp_path / "rows.jsonl"
+    names = "cce-tp-exact,torch-eager,megatron-unfused,megatron-native"
+    command_line = ["-m", "launch.benchmark", "run", "--shape", "48,16,96", *QUICK]
+    command_line += ["--implementations", names, "--out", str(out)]
+    printed = torchrun(2, *command_line, TORCHDYNAMO_DISABLE="1")
+    assert printed.count("torch-eager ") == 1
+    (found,) = records.read([str(out)])
+    ours, eager, unfused, native = found
+    assert (eager["status"], eager["ranks"]["world_size"]) == ("not available", 2)
+    for record in (ours, unfused, native):
+        assert record["status"] == "ok", record
+        assert record["shape"]["rows"] == 48
+        ranks = record["ranks"]
+        assert (ranks["world_size"], ranks["backend"]) == (2, "gloo")
+        for key in ("forward", "both"):
+            medians = record[key]["ranks_ms"]
+            assert len(medians) == 2 and record[key]["median_ms"] == max(medians)
+            exposed = record[key]["median_ms"] - ranks[f"alone_{key}"]["median_ms"]
+            assert ranks[f"exposed_{key}_ms"] == pytest.approx(exposed)
+    assert ours["ranks"]["collectives_ms"].keys() == {
+        "all-gather of statistics",
+        "all-reduce of dE",
+    }
+    assert "the group adds" in tables.terminal(found)
+
+
+def test_a_shard_beside_the_whole(tmp_path: Path) -> None:
+    out = tmp_path / "rows.jsonl"
+    flags = ("--shape", "48,16,98", "--implementations", "cce-tp-exact")
+    run(out, *flags)
+    whole, shard = run(out, *flags, "--shard", "3/4")
+    assert (whole["shard"], whole["shape"]["rows"]) == (None, 98)
+    assert (shard["shard"], shard["shape"]["rows"]) == ([3, 4], 25)
+    assert shard["status"] == "ok", shard
+    share = tables.share_of_whole(shard, [whole, shard])
+    assert share == 4 * shard["both"]["median_ms"] / whole["both"]["median_ms"]
+    assert f"{share:.2f} of 1/4 of the whole" in tables.markdown([[whole, shard]])
+    assert [even_rows(98, rank, 4) for rank in range(4)] == [(0, 25), (25, 50), (50, 74), (74, 98)]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path: Path) -> None:
+    """Memory: of the logits in one, far below them in the other; and CUDA's clock."""
+    names = ("torch-eager", "cce-tp-exact", "apple-cce", "liger")
+    out = tmp_path / "rows.jsonl"
+    shape = ("--shape", "4096,512,65536", "--seconds-per-case", "0.1", "--host-time")
+    found = run(out, *shape, "--implementations", ",".join(names))
+    eager, ours = found[1], found[0]
+    logits = 2 * 4096 * 65536
+    for record in (eager, ours):
+        assert record["status"] == "ok", record
+        assert record["hardware"]["driver"]
+    assert logits <= eager["forward"]["extra_bytes"] <= 4 * logits
+    assert 0 <= ours["both"]["extra_bytes"] <= 0.06 * logits
+    rate = 2 * 4096 * 512 * 65536 / (ours["gemm"]["ms"] / 1000)
+    assert 1e13 < rate < 2.5e15

@@ -1,0 +1,225 @@
+"""The benchmark's command line, suites, records, tables and figures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmark_runs import run, snapshot
+from launch.benchmark import __main__ as command
+from launch.benchmark import figures, records, roofline, suites, tables
+from launch.benchmark.catalogue import IMPLEMENTATIONS, MODELS, Case, Shape
+
+pytestmark = pytest.mark.no_poison
+
+
+def _line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert command.main(list(arguments)) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("run", "--model, --shape, --snapshot or --suite: expected one of them, got none"),
+        ("run --shape 8,8", "--shape: expected N,D,V"),
+        ("run --shape 8,8,0", "--shape: expected N,D,V"),
+        ("run --model gpt5", "--model: expected one of gemma2-2b"),
+        ("run --suite all", "--suite: expected one of standard"),
+        ("run --shape 8,8,8 --tokens 0", "--tokens: expected a positive integer, got 0"),
+        ("run --shape 8,8,8 --dtype fp8", "argument --dtype: invalid choice: 'fp8'"),
+        ("run --shape 8,8,8 --tf32", "--tf32: expected together with --dtype fp32, got bf16"),
+        ("run --shape 8,8,8 --implementations ours", "--implementations: expected names among"),
+        ("run --shape 8,8,8 --shard 8/8", "--shard: expected r/W with 0 <= r < W <= V=8, got 8/8"),
+        ("run --shape 8,8,8 --shard one", "--shard: expected r/W such as 0/8, got 'one'"),
+        ("run --shape 8,8,8 --softcap 0", "--softcap: expected a number > 0, got 0.0"),
+        ("run --shape 8,8,8 --softcap high", "argument --softcap: invalid float value: 'high'"),
+        ("run --shape 8,8,8 --z-loss -1", "--z-loss: expected a number >= 0, got -1.0"),
+        ("run --shape 8,8,8 --label-smoothing 1", "--label-smoothing: expected a number in [0, 1)"),
+        ("run --shape 8,8,8 --workspace-mib 0.5", "--workspace-mib: expected a number of at least"),
+        ("run --shape 8,8,8 --seconds-per-case 0", "--seconds-per-case: expected a number > 0"),
+        ("run --snapshot nowhere.pt", "--snapshot: expected a file or a folder of .pt files"),
+        ("run --suite models --shape 8,8,8", "--shape: expected without --suite"),
+        ("run --suite models --bias", "--bias: expected without --suite"),
+        ("run --suite tokens --implementations te", "--implementations: expected one that the"),
+        ("table nowhere.jsonl", "FILE: expected a file of records, got 'nowhere.jsonl'"),
+        ("plot", "the following arguments are required: FILE, --out-dir"),
+        ("measure", "argument command: invalid choice: 'measure'"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in _line(capsys, *arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"e": None}, "expected tensors e, c and t"),
+        ({"c": torch.ones(96, 8)}, "expected e (N, D), c (V, D) and t (N,)"),
+        ({"t": torch.zeros(40, 1)}, "expected e (N, D), c (V, D) and t (N,)"),
+        ({"t": torch.full((40,), -100)}, "expected tokens with a target"),
+        ({"vocab_start": 0, "vocab_size": 200}, "expected all 200 rows of the vocabulary, got 96"),
+        ({"vocab_start": 96, "vocab_size": 192}, "expected rows [0, ...) of 192 next"),
+    ],
+)
+def test_bad_snapshots_are_one_line(
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    snapshot(tmp_path / "snap", 1, **changes)
+    line = _line(capsys, "run", "--snapshot", str(tmp_path / "snap"))
+    assert line.startswith("launch.benchmark: --snapshot: ") and message in line
+
+
+def test_snapshot_that_is_no_file_of_torch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.pt").write_bytes(b"nothing that torch wrote")
+    assert "--snapshot: cannot read" in _line(capsys, "run", "--snapshot", str(tmp_path / "x.pt"))
+
+
+def test_snapshot_and_shape_exclude_each_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    snapshot(tmp_path / "snap", 1)
+    line = _line(capsys, "run", "--snapshot", str(tmp_path / "snap"), "--shape", "8,8,8")
+    assert "--snapshot: expected without --model, --shape and --inputs" in line
+
+
+@pytest.mark.parametrize("text", ["not json", "[1]", '{"schema": 0}', ""])
+def test_bad_records_are_one_line(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text(text)
+    assert "FILE: expected" in _line(capsys, "table", str(tmp_path / "rows.jsonl"))
+
+
+def test_standard_suite_is_what_was_promised() -> None:
+    cases = suites.suite("standard")
+    shapes = {name: [c.shape for c in cases if c.suite == name] for name in suites.SUITES}
+    assert {case.name for case in cases if case.suite == "models"} == set(MODELS)
+    tokens = [shape.tokens for shape in shapes["tokens"]]
+    assert (tokens[0], tokens[-1]) == (256, 65536)
+    vocabulary = [shape.vocab for shape in shapes["vocabulary"]]
+    assert (vocabulary[0], vocabulary[-1]) == (4000, 1048576)
+    hidden = [shape.hidden for shape in shapes["hidden"]]
+    assert (hidden[0], hidden[-1]) == (512, 16384)
+    assert any(s.hidden % 8 for s in shapes["ragged"]) and any(
+        s.vocab % 8 for s in shapes["ragged"]
+    )
+    kinds = {(case.dtype, case.tf32) for case in cases if case.suite == "precision"}
+    assert kinds == {("fp16", False), ("fp32", False), ("fp32", True)}
+    asked = [case.options.changed() for case in cases if case.suite == "options"]
+    assert any({"bias", "softcap", "z_loss", "label_smoothing"} <= set(each) for each in asked)
+    for name in ("forward_only", "grad_weight_out", "statistics", "workspace_mib"):
+        assert any(list(each) == [name] for each in asked)
+    assert {case.shard for case in cases if case.suite == "shards"} >= {(0, 2), (0, 4), (0, 8)}
+    for case in cases:
+        assert set(case.implementations or IMPLEMENTATIONS) <= set(IMPLEMENTATIONS)
+
+
+def test_suite_at_reduced_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of case in the suites passes, tiny; sweeps make their table and figure."""
+
+    def small(name: str) -> list[Case]:
+        found = {}
+        for case in suites.suite(name):
+            tokens, hidden, vocab = case.shape.tokens, case.shape.hidden, case.shape.vocab
+            shape = Shape(max(8, tokens // 512), max(8, hidden // 256), max(16, vocab // 1024))
+            found[str(replace(case, shape=shape))] = replace(case, shape=shape)
+        return list(found.values())
+
+    monkeypatch.setattr(command, "suite", small)
+    out = tmp_path / "rows.jsonl"
+    names = ("--implementations", "cce-tp-exact,torch-eager-fp32")
+    found = run(out, "--suite", "standard", *names)
+    wrong = [record for record in found if record["status"] not in ("ok", "not available")]
+    assert not wrong
+    assert {record["suite"] for record in found} == set(suites.SUITES) - {"standard", "bars"}
+    markdown = tables.markdown([found])
+    assert markdown.count("## tokens") == 1
+    assert "of 1/8 of the whole" in markdown
+    figures.draw([found], tmp_path, "svg")
+    assert list(tmp_path.glob("tokens*.svg"))
+
+
+def _made_up(implementation: str, vocab: int, extra_mib: int) -> dict[str, Any]:
+    timing = {"median_ms": 60.0, "low_ms": 59.0, "high_ms": 61.0, "runs": 9, "ranks_ms": [60.0]}
+    timing |= {"gemms": 4.0, "extra_bytes": extra_mib * 2**20}
+    return {
+        "schema": 1,
+        "date": "2026-01-02T03:04:05+00:00",
+        "commit": "0123456789abcdef0123",
+        "hardware": {"name": "NVIDIA H200", "count": 1, "driver": "580", "cuda": "13.0"},
+        "versions": {"python": "3.12", "torch": "2.11.0", "triton": "3.6.0", "cce_tp": "0.1.0"},
+        "suite": "models",
+        "model": "",
+        "implementation": implementation,
+        "status": "ok",
+        "reason": None,
+        "shape": {"tokens": 8192, "hidden": 2304, "vocab": vocab, "rows": vocab},
+        "dtype": "bf16",
+        "tf32": False,
+        "inputs": {"kind": "random", "seed": 0},
+        "options": {},
+        "shard": None,
+        "gate": {"errors": {"loss": 1e-6, "input_grad": 1.5e-3, "weight_grad": 1e-3}, "limits": {}},
+        "gemm": {"before": None, "after": None, "ms": 15.0},
+        "forward": timing,
+        "both": timing,
+        "host": {"forward_us": 99.6, "backward_us": 101.2},
+        "ranks": None,
+    }
+
+
+def test_table_of_made_up_records() -> None:
+    first, second = _made_up("cce-tp-exact", 256000, 100), _made_up("cce-tp-exact", 256000, 101)
+    text = tables.markdown([[first], [second]])
+    assert "## models" in text
+    assert "NVIDIA H200, torch 2.11.0, Triton 3.6.0; 2026-01-02; 0123456789abcdef" in text
+    row = next(line for line in text.splitlines() if line.startswith("| cce-tp-exact"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:5] == ["15.00", "4.00 (3.93-4.07)", "4.00 (3.93-4.07)", "100 / 101"]
+    assert cells[5:] == ["1.0e-06", "1.5e-03", "1.0e-03", "host 100 + 101 us"]
+
+
+def test_figures_of_made_up_records(tmp_path: Path) -> None:
+    names = ("cce-tp-exact", "torch-eager", "a-new-one")
+    made = [_made_up(name, size, size // 9) for name in names for size in (32000, 256000)]
+    lines = figures.draw([made], tmp_path, "svg")
+    assert {Path(line).name for line in lines if line.endswith(".svg")} == {
+        *("error-1.svg", "error-2.svg", "memory.svg", "roofline-1.svg", "roofline-2.svg")
+    }
+    text = (tmp_path / "memory.svg").read_text()
+    assert "NVIDIA H200" in text and "8192 tokens, D 2304, bf16" in text
+    styles = [tuple(figures._style(name).values()) for name in IMPLEMENTATIONS]
+    assert len(set(styles)) == len(styles)
+
+
+def test_roofline() -> None:
+    record = _made_up("cce-tp-exact", 256000, 0)
+    share = 6 * 8192 * 2304 * 256000 / 989.4e12 / 60e-3
+    assert roofline.share_of_roofline(record) == pytest.approx(share)
+    record["hardware"]["name"] = "a card that nobody knows"
+    assert roofline.share_of_roofline(record) is None
+    small = _made_up("cce-tp-exact", 256000, 0)
+    small["shape"]["tokens"] = 8
+    bytes_moved = 2 * 2 * 2304 * (8 + 256000)
+    assert roofline.share_of_roofline(small) == pytest.approx(bytes_moved / 4.8e12 / 60e-3)
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    records.append(tmp_path / "x", {"a": [float("nan"), 1.5], "b": (float("inf"), 2)})
+    assert json.loads((tmp_path / "x").read_text()) == {"a": [None, 1.5], "b": [None, 2]}
