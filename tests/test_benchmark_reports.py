@@ -186,13 +186,19 @@ def _made_up(implementation: str, vocab: int, extra_mib: int) -> dict[str, Any]:
 
 def test_table_of_made_up_records() -> None:
     first, second = _made_up("cce-tp-exact", 256000, 100), _made_up("cce-tp-exact", 256000, 101)
+    second["gemm"] |= {"before": {"median_ms": 15.0}, "after": {"median_ms": 15.6}}
     text = tables.markdown([[first], [second]])
     assert "## models" in text
     assert "NVIDIA H200, torch 2.11.0, Triton 3.6.0; 2026-01-02; 0123456789abcdef" in text
     row = next(line for line in text.splitlines() if line.startswith("| cce-tp-exact"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1:5] == ["15.00", "4.00 (3.93-4.07)", "4.00 (3.93-4.07)", "100 / 101"]
-    assert cells[5:] == ["1.0e-06", "1.5e-03", "1.0e-03", "host 100 + 101 us"]
+    assert cells[5:] == [
+        "1.0e-06",
+        "1.5e-03",
+        "1.0e-03",
+        "host 100 + 101 us / gemm drifted by +4%; host 100 + 101 us",
+    ]
 
 
 def test_figures_of_made_up_records(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ _HEADERS = (
 
 # Suites whose question is which implementation; "" holds the cases of no suite.
 _COMPARISONS = ("", "models", "bars", "host")
+# A change of the unit during a measurement that is worth a note.
+_DRIFT = 0.02
 
 
 def terminal(records: Sequence[Record]) -> str:
@@ -135,6 +137,12 @@ def _note(record: Record, every: Sequence[Record]) -> str:
     notes = []
     if record["status"] != "ok":
         notes.append(f"{record['status']}: {record['reason']}")
+    gemm = record["gemm"] or {}
+    before, after = gemm.get("before"), gemm.get("after")
+    if before and after:
+        drift = after["median_ms"] / before["median_ms"] - 1
+        if abs(drift) > _DRIFT:
+            notes.append(f"gemm drifted by {100 * drift:+.0f}%")
     if record["host"]:
         us = [record["host"][name] for name in ("forward_us", "backward_us")]
         notes.append("host " + " + ".join(f"{each:.0f}" for each in us if each) + " us")
