@@ -12,7 +12,6 @@ D hidden size.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,7 +72,7 @@ def _budget(workspace_bytes: int | None, logits: LocalLogits, vocab_size: int) -
     # Here and not in the caller, where the number of tokens may be symbolic.
     if workspace_bytes is not None:
         return workspace_bytes
-    return default_workspace_bytes(logits.target.shape[0], vocab_size)
+    return default_workspace_bytes(logits.target.shape[0], logits.input.shape[1], vocab_size)
 
 
 def _execution_context(tensor: Tensor) -> ExitStack:
@@ -89,7 +88,7 @@ def _execution_context(tensor: Tensor) -> ExitStack:
 def _with_all_tokens(logits: LocalLogits, group: str, sequence_parallel: bool) -> LocalLogits:
     if not sequence_parallel:
         return logits
-    return replace(logits, input=sharding.gather_tokens(logits.input, group))
+    return logits._replace(input=sharding.gather_tokens(logits.input, group))
 
 
 def _loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,7 +6,6 @@ The logits are x = cap(logit_scale * (E C^T + bias)) with cap(y) = softcap * tan
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -18,8 +17,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LocalLogits:
+class LocalLogits(NamedTuple):
     """What defines the logits of some tokens against some rows; nothing is computed.
 
     Attributes:
@@ -47,12 +45,16 @@ class LocalLogits:
         return self.input.shape[0], self.weight.shape[0], self.input.shape[1]
 
     def tokens(self, start: int, stop: int) -> LocalLogits:
-        return replace(self, input=self.input[start:stop], target=self.target[start:stop])
+        if start == 0 and stop == self.target.shape[0]:
+            return self
+        return self._replace(input=self.input[start:stop], target=self.target[start:stop])
 
     def columns(self, start: int, stop: int) -> LocalLogits:
+        if start == 0 and stop == self.weight.shape[0]:
+            return self
         bias = None if self.bias is None else self.bias[start:stop]
         first_id = self.first_id + start
-        return replace(self, weight=self.weight[start:stop], bias=bias, first_id=first_id)
+        return self._replace(weight=self.weight[start:stop], bias=bias, first_id=first_id)
 
     def gathered(self, rows: Tensor, column_of_target: Tensor) -> LocalLogits:
         """The same logits with only the given local rows, in the given order (copies those rows).
@@ -62,8 +64,7 @@ class LocalLogits:
             column_of_target: (N,) int64 column of each token's target in the new order; others
                 outside [0, R).
         """
-        return replace(
-            self,
+        return self._replace(
             weight=self.weight.index_select(0, rows),
             bias=None if self.bias is None else self.bias.index_select(0, rows),
             target=column_of_target,
@@ -71,8 +72,7 @@ class LocalLogits:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LossTerms:
+class LossTerms(NamedTuple):
     """How the losses of the tokens are made and joined.
 
     Attributes:
@@ -104,8 +104,7 @@ class TokenLoss(NamedTuple):
     count: Tensor
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LogitGradient:
+class LogitGradient(NamedTuple):
     """What the backward pass needs per token to form G = d loss / d x.
 
     G_nv = grad_n * (p_nv * (1 + 2 z_loss lse_n) - (1 - label_smoothing) [v = target_n] -
@@ -137,8 +136,9 @@ class LogitGradient:
         return self.label_smoothing / self.vocab_size
 
     def tokens(self, start: int, stop: int) -> LogitGradient:
-        return replace(
-            self,
+        if start == 0 and stop == self.grad.shape[0]:
+            return self
+        return self._replace(
             grad=self.grad[start:stop],
             max_logit=self.max_logit[start:stop],
             log_sum=self.log_sum[start:stop],
@@ -146,4 +146,4 @@ class LogitGradient:
 
     def scaled(self, factor: Tensor) -> LogitGradient:
         """The same with the upstream gradient times a 0-dim factor."""
-        return replace(self, grad=self.grad * factor)
+        return self._replace(grad=self.grad * factor)
