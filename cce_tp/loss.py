@@ -115,7 +115,8 @@ def linear_cross_entropy(
         impl: "triton", "torch" (readable, any device, also tiled), or "auto": triton for CUDA
             tensors it supports, else torch.
         workspace_bytes: cap on temporaries beyond the gradients, at least 1 MiB; smaller is
-            slower. None: 5% of the global logits in bf16, at least 16 MiB.
+            slower. None: 5% of the global logits in bf16; at least 16 MiB, or half of the hidden
+            states in bf16 if that is more, up to 64 MiB.
 
     Returns:
         The loss, fp32 (fp64 for fp64): () for "mean" and "sum", target's shape for "none"; with

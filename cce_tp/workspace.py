@@ -25,7 +25,9 @@ from dataclasses import dataclass, replace
 
 MIB = 1 << 20
 MIN_WORKSPACE_BYTES = 1 * MIB
-_DEFAULT_FLOOR_BYTES = 16 * MIB
+# The default is never less than half of the bf16 hidden states, within these bounds: with less,
+# products become narrow where the vocabulary is small beside D.
+_DEFAULT_FLOORS_BYTES = (16 * MIB, 64 * MIB)
 _DEFAULT_SHARE = 0.05
 _STRIP_STEP = 256
 _TOKEN_STEP = 128
@@ -51,9 +53,12 @@ def for_buffers(workspace_bytes: int, num_tokens: int) -> int:
     return workspace_bytes - min(_BYTES_PER_TOKEN * num_tokens, workspace_bytes // 2)
 
 
-def default_workspace_bytes(num_tokens: int, vocab_size: int) -> int:
-    """5% of the bf16 logits of the global vocabulary, but at least 16 MiB."""
-    return max(_DEFAULT_FLOOR_BYTES, int(_DEFAULT_SHARE * 2 * num_tokens * vocab_size))
+def default_workspace_bytes(num_tokens: int, hidden: int, vocab_size: int) -> int:
+    """5% of the bf16 logits of the global vocabulary; at least 16 MiB, or half of the bf16 hidden
+    states if that is more, up to 64 MiB."""
+    least, most = _DEFAULT_FLOORS_BYTES
+    floor = min(max(least, num_tokens * hidden), most)
+    return max(floor, int(_DEFAULT_SHARE * 2 * num_tokens * vocab_size))
 
 
 def blocks(size: int, step: int) -> list[tuple[int, int]]:
