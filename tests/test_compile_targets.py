@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from cce_tp.kernels import launch
 
 # Compute capability -> shared memory that one block may take, in KiB.
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -69,3 +72,12 @@ def _kernels_in_the_source() -> set[str]:
         }
     assert names
     return names
+
+
+def test_arguments_of_different_machine_code_have_different_kinds() -> None:
+    """What Triton specialises on must not share a compiled kernel."""
+    aligned = torch.empty(64, dtype=torch.float32)
+    values = [1, 0, 16, 3, 2**31, 2**31 + 1, 1.0, None, aligned, aligned[1:], aligned.half()]
+    kinds = [launch._kind(value) for value in values]
+    # 0 and 16 are both divisible by 16; all others differ, also as keys of a dictionary.
+    assert kinds[1] == kinds[2] and len(set(kinds)) == len(values) - 1

@@ -33,6 +33,7 @@ from cce_tp.kernels.tile import (
     store_tile,
     target_column,
 )
+from cce_tp.kernels.tuning import ceil_div
 from cce_tp.problem import LocalLogits, LogitGradient
 
 
@@ -67,6 +68,7 @@ def grad_logits_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    PRECISE_CAP: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     OUT_DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -83,7 +85,8 @@ def grad_logits_kernel(
         x = logits_tile(
             input, weight, bias_ptr, block_n * BLOCK_N, block_v * BLOCK_V, N, V, D,
             stride_input, stride_weight, logit_scale, logit_softcap,
-            BLOCK_N, BLOCK_V, BLOCK_D, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, DESCRIPTOR, PRECISION,
+            BLOCK_N, BLOCK_V, BLOCK_D, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, PRECISE_CAP, DESCRIPTOR,
+            PRECISION,
         )  # fmt: skip
         rows = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         in_tile = tl.arange(0, BLOCK_V)
@@ -97,14 +100,16 @@ def grad_logits_kernel(
         if HAS_SMOOTHING:
             g -= uniform_weight
         target = target_column(target_ptr, rows, N, first_id, V) - block_v * BLOCK_V
-        # Most tiles hold no target: a branch costs less than a comparison per element.
+        # Most tiles hold no target, and no masked token: a branch costs less than a comparison per
+        # element.
         if tl.max(((target >= 0) & (target < BLOCK_V)).to(tl.int32), axis=0) > 0:
             g -= tl.where(in_tile[None, :] == target[:, None], onehot_weight, 0.0)
         if HAS_SOFTCAP:
-            capped = x / logit_softcap
+            capped = x * (1.0 / logit_softcap)
             g *= 1.0 - capped * capped
         # A masked token has gradient exactly 0 even where its logits are not finite.
-        g = tl.where((grad == 0.0)[:, None], 0.0, g)
+        if tl.max((grad == 0.0).to(tl.int32), axis=0) > 0:
+            g = tl.where((grad == 0.0)[:, None], 0.0, g)
         if FILTER:
             size = tl.where((block_v * BLOCK_V + in_tile < V)[None, :], tl.abs(g), 0.0)
             small = (size < eps).to(tl.int32)  # NaN is not small
@@ -213,11 +218,11 @@ def grad_logits(
     block_n, block_v = tiling["BLOCK_N"], tiling["BLOCK_V"]
     kept = None
     if eps is not None:
-        shape = (triton.cdiv(num_tokens, block_n), triton.cdiv(vocab, block_v))
+        shape = (ceil_div(num_tokens, block_n), ceil_div(vocab, block_v))
         mask = torch.empty(shape, dtype=torch.int32, device=logits.input.device)
         kept = KeptTiles(mask, block_n, block_v)
     out_descriptor = tuning.use_descriptors(out_VN)
-    tiles = triton.cdiv(num_tokens, block_n) * triton.cdiv(vocab, block_v)
+    tiles = ceil_div(num_tokens, block_n) * ceil_div(vocab, block_v)
     launch(
         grad_logits_kernel,
         min(tiling["NUM_PROGRAMS"], tiles),
@@ -275,7 +280,7 @@ def sparse_product(
     b_descriptor = tuning.use_descriptors(other)
     a_block = (block_k, block_m) if of_input else (block_m, block_k)
     hidden = other.shape[1]
-    sparse_product_kernel[(triton.cdiv(rows, block_m), triton.cdiv(hidden, block_d))](
+    sparse_product_kernel[(ceil_div(rows, block_m), ceil_div(hidden, block_d))](
         matrix_argument(grad_VN, *a_block, a_descriptor),
         matrix_argument(other, block_k, block_d, b_descriptor),
         out, worklist, count, rows, hidden, inner,

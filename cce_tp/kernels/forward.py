@@ -1,9 +1,9 @@
 """Forward pass: per-token statistics of this rank's logits, which are never stored.
 
 Kernel 1 computes one logits tile at a time and stores, per (tile, token), the maximum m and the
-sum of exp(x - m) (and, on request, the sum of x, the entropy term, the argmax). Kernel 2 joins the
-tiles of a token and takes its target's logit. Every output element has one writer: no locks, no
-atomics, equal bits in every run.
+sum of exp(x - m) (and, on request, the sum of x, the entropy term, the argmax); the tile that has a
+token's target also stores its logit. Kernel 2 joins the tiles of a token. Every output element has
+one writer: no locks, no atomics, equal bits in every run.
 
 Legend: N tokens, V vocabulary rows of this rank, D hidden size, T vocabulary tiles of a launch.
 """
@@ -22,25 +22,28 @@ from cce_tp.kernels.tile import (
     LOG2E,
     grouped_block,
     logits_tile,
-    scale_and_cap,
     target_column,
 )
+from cce_tp.kernels.tuning import ceil_div
 from cce_tp.problem import LocalLogits
 from cce_tp.stats import StatRows
 from cce_tp.workspace import for_buffers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_id"])
 def tile_statistics_kernel(
     input,
     weight,
     bias_ptr,
+    target_ptr,
     tiles_ptr,
+    merged_ptr,
     N,
     V,
     D,
     stride_input,
     stride_weight,
+    first_id,
     logit_scale,
     logit_softcap,
     NUM_PROGRAMS: tl.constexpr,
@@ -51,6 +54,7 @@ def tile_statistics_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    PRECISE_CAP: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -58,7 +62,7 @@ def tile_statistics_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
-    """tiles_ptr is (T, ROWS, N) fp32."""
+    """tiles_ptr is (T, ROWS, N) fp32; row 2 of merged_ptr (ROWS + 1, N) takes targets' logits."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_v = tl.cdiv(V, BLOCK_V)
     for tile in tl.range(tl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS, flatten=True):
@@ -66,7 +70,8 @@ def tile_statistics_kernel(
         x = logits_tile(
             input, weight, bias_ptr, block_n * BLOCK_N, block_v * BLOCK_V, N, V, D,
             stride_input, stride_weight, logit_scale, logit_softcap,
-            BLOCK_N, BLOCK_V, BLOCK_D, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, DESCRIPTOR, PRECISION,
+            BLOCK_N, BLOCK_V, BLOCK_D, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, PRECISE_CAP, DESCRIPTOR,
+            PRECISION,
         )  # fmt: skip
         rows = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         in_tile = tl.arange(0, BLOCK_V)
@@ -76,6 +81,13 @@ def tile_statistics_kernel(
         if LOGIT_SUM:
             sum_x = tl.sum(tl.where(in_range, x, 0.0), axis=1)
         x = tl.where(in_range, x, float("-inf"))
+        target = target_column(target_ptr, rows, N, first_id, V) - block_v * BLOCK_V
+        here = (target >= 0) & (target < BLOCK_V)
+        # Most tiles hold no target: a branch costs less than a search of each. It must not read the
+        # accumulator itself, or the matrix instructions of the next tile wait for it.
+        if tl.max(here.to(tl.int32), axis=0) > 0:
+            found = tl.where(in_tile[None, :] == target[:, None], x, 0.0)
+            tl.store(merged_ptr + 2 * N + rows, tl.sum(found, axis=1), mask=here)
         max_x = tl.max(x, axis=1)
         shifted = x - tl.where(max_x == float("-inf"), 0.0, max_x)[:, None]
         exp_x = tl.exp2(shifted * LOG2E)
@@ -97,78 +109,25 @@ def tile_statistics_kernel(
             tl.store(out, best.to(tl.float32, bitcast=True), mask=valid)
 
 
-@triton.jit
-def target_logit(
-    input_ptr,
-    weight_ptr,
-    bias_ptr,
-    target_ptr,
-    rows,
-    N,
-    V,
-    D,
-    stride_input,
-    stride_weight,
-    first_id,
-    logit_scale,
-    logit_softcap,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """(BLOCK_N,) fp32: the logit of each token's target, 0 where it is not among these rows.
-
-    One dot product per token; to search the logits tiles for it would cost a pass over them."""
-    column = target_column(target_ptr, rows, N, first_id, V)
-    here = column >= 0
-    row_offset = rows.to(tl.int64)[:, None] * stride_input
-    column_offset = column.to(tl.int64)[:, None] * stride_weight
-    y = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        mask = here[:, None] & (d < D)[None, :]
-        e = tl.load(input_ptr + row_offset + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        c = tl.load(weight_ptr + column_offset + d[None, :], mask=mask, other=0.0).to(tl.float32)
-        y += tl.sum(e * c, axis=1)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + column, mask=here, other=0.0).to(tl.float32)
-    x = scale_and_cap(y, logit_scale, logit_softcap, HAS_SCALE, HAS_SOFTCAP)
-    return tl.where(here, x, 0.0)
-
-
 @triton.jit(do_not_specialize=["first_id"])
 def merge_tiles_kernel(
     tiles_ptr,
-    merged_ptr,
-    input_ptr,
-    weight_ptr,
-    bias_ptr,
     target_ptr,
+    merged_ptr,
     N,
     V,
-    D,
     T,
-    stride_input,
-    stride_weight,
     first_id,
-    logit_scale,
-    logit_softcap,
     ROWS: tl.constexpr,
     LOGIT_SUM: tl.constexpr,
     ENTROPY: tl.constexpr,
     ARGMAX: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
     """`stats.merge`, streamed: (T, ROWS, N) tile statistics to packed (ROWS + 1, N).
 
-    The row that joins is the target's logit."""
+    Row 2 holds the targets' logits where a target is among these V rows, and anything elsewhere."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = rows < N
     stride_tile = ROWS * N
@@ -209,10 +168,8 @@ def merge_tiles_kernel(
     out = merged_ptr + rows
     tl.store(out, running_max, mask=valid)
     tl.store(out + N, running_sum, mask=valid)
-    target_x = target_logit(
-        input_ptr, weight_ptr, bias_ptr, target_ptr, rows, N, V, D, stride_input, stride_weight,
-        first_id, logit_scale, logit_softcap, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, BLOCK_N, BLOCK_D,
-    )  # fmt: skip
+    here = target_column(target_ptr, rows, N, first_id, V) >= 0
+    target_x = tl.load(out + 2 * N, mask=here, other=0.0)
     tl.store(out + 2 * N, target_x, mask=valid)
     out += 3 * N
     if LOGIT_SUM:
@@ -265,29 +222,29 @@ def _statistics_of(logits: LocalLogits, rows: StatRows) -> Tensor:
         "ENTROPY": rows.entropy,
         "ARGMAX": rows.argmax,
     }
-    common = logits_arguments(logits)
-    num_tiles = triton.cdiv(vocab, tiling["BLOCK_V"])
+    num_tiles = ceil_div(vocab, tiling["BLOCK_V"])
     device = logits.input.device
     tiles = torch.empty((num_tiles, rows.count - 1, num_tokens), dtype=torch.float32, device=device)
-    grid = min(tiling["NUM_PROGRAMS"], num_tiles * triton.cdiv(num_tokens, tiling["BLOCK_N"]))
-    launch(tile_statistics_kernel, grid, tiles_ptr=tiles, **common, **flags, **tiling)
+    grid = min(tiling["NUM_PROGRAMS"], num_tiles * ceil_div(num_tokens, tiling["BLOCK_N"]))
     merged = torch.empty((rows.count, num_tokens), dtype=torch.float32, device=device)
-    block_n = 16
+    places = {
+        "tiles_ptr": tiles,
+        "target_ptr": logits.target,
+        "merged_ptr": merged,
+        "first_id": logits.first_id,
+    }
+    launch(tile_statistics_kernel, grid, **places, **logits_arguments(logits), **flags, **tiling)
+    block_n = 32
     launch(
         merge_tiles_kernel,
-        triton.cdiv(num_tokens, block_n),
-        tiles_ptr=tiles,
-        merged_ptr=merged,
-        input_ptr=logits.input,
-        weight_ptr=logits.weight,
-        target_ptr=logits.target,
+        ceil_div(num_tokens, block_n),
+        **places,
+        N=num_tokens,
+        V=vocab,
         T=num_tiles,
-        first_id=logits.first_id,
-        **common,
         **flags,
         BLOCK_N=block_n,
         BLOCK_T=64,
-        BLOCK_D=256,
         num_warps=4,
     )
     return merged

@@ -33,9 +33,9 @@ def _kind(value: Any) -> Any:
     """
     cls = value.__class__
     if cls is int:
-        if -(2**31) <= value < 2**31:
-            return 1 if value == 1 else value & 15 == 0
-        return "wide", value & 15 == 0
+        # Strings, since 1 and True would be one key.
+        kind = "one" if value == 1 else "multiple" if value & 15 == 0 else "any"
+        return kind if -(2**31) <= value < 2**31 else (kind, "wide")
     if cls is float or value is None:
         return cls
     if cls is TensorDescriptor:
@@ -85,6 +85,7 @@ def matrix_argument(
 def logits_arguments(logits: LocalLogits) -> dict[str, Any]:
     """Arguments of every kernel that computes logits: sizes, strides, bias, scale, cap."""
     num_tokens, vocab, hidden = logits.shape
+    softcap = logits.logit_softcap
     return {
         "bias_ptr": logits.bias,
         "N": num_tokens,
@@ -93,26 +94,37 @@ def logits_arguments(logits: LocalLogits) -> dict[str, Any]:
         "stride_input": logits.input.stride(0),
         "stride_weight": logits.weight.stride(0),
         "logit_scale": float(logits.logit_scale),
-        "logit_softcap": 1.0 if logits.logit_softcap is None else float(logits.logit_softcap),
+        "logit_softcap": 1.0 if softcap is None else float(softcap),
         "HAS_BIAS": logits.bias is not None,
         "HAS_SCALE": logits.logit_scale != 1.0,
-        "HAS_SOFTCAP": logits.logit_softcap is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        # A tanh that is off by 1.2e-7 of the cap is lost in the rounding of 16-bit operands, unless
+        # the cap is large.
+        "PRECISE_CAP": softcap is not None and (softcap > 50.0 or logits.input.itemsize > 2),
     }
 
 
 def tiling_arguments(logits: LocalLogits, descriptor: bool) -> dict[str, Any]:
     """Arguments of a kernel that walks all tiles of `logits`: operands and tile sizes."""
     config, programs = tuning.config_for(logits.input)
+    sizes = _tile_sizes(config, logits.input.shape[1], logits.input.itemsize)
     return {
+        **sizes,
         "input": matrix_argument(logits.input, config.block_n, config.block_d, descriptor),
         "weight": matrix_argument(logits.weight, config.block_v, config.block_d, descriptor),
         "NUM_PROGRAMS": programs,
         "DESCRIPTOR": descriptor,
         "PRECISION": tuning.input_precision(logits.input.dtype),
+    }
+
+
+@functools.cache
+def _tile_sizes(config: tuning.TileConfig, hidden: int, itemsize: int) -> dict[str, int]:
+    return {
         "BLOCK_N": config.block_n,
         "BLOCK_V": config.block_v,
         "BLOCK_D": config.block_d,
-        "GROUP_N": config.group_n(logits.shape[2], logits.input.element_size()),
+        "GROUP_N": config.group_n(hidden, itemsize),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cce_tp.kernels.launch import launch
+from cce_tp.kernels.tuning import ceil_div
 from cce_tp.problem import LossTerms, TokenLoss
 from cce_tp.stats import StatRows
 
@@ -118,7 +119,7 @@ def token_loss(packed_RN: Tensor, target_N: Tensor, rows: StatRows, terms: LossT
     count = torch.empty(() if reduce else 0, dtype=torch.int32, device=packed_RN.device)
     launch(
         token_loss_kernel,
-        1 if reduce else max(1, triton.cdiv(num_tokens, _BLOCK)),
+        1 if reduce else max(1, ceil_div(num_tokens, _BLOCK)),
         packed_ptr=packed_RN,
         target_ptr=target_N,
         loss_ptr=loss,
@@ -155,7 +156,7 @@ def token_gradient(upstream: Tensor, target_N: Tensor, count: Tensor, terms: Los
         return grad_N
     launch(
         token_gradient_kernel,
-        triton.cdiv(num_tokens, _BLOCK),
+        ceil_div(num_tokens, _BLOCK),
         upstream_ptr=upstream,
         target_ptr=target_N,
         count_ptr=count,

@@ -9,7 +9,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from cce_tp.kernels.tuning import is_interpreted
+
 LOG2E = tl.constexpr(1.4426950408889634)
+_INTERPRETED = tl.constexpr(is_interpreted())
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x to the last bit or so, in one instruction where a division takes six."""
+    if _INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -114,13 +128,17 @@ def dot_tile(
 
 
 @triton.jit
-def tanh(y):
-    """tanh from exp2, without overflow. Near 0, where 1 - exp cancels, its Taylor series."""
-    size = tl.abs(y)
-    e = tl.exp2(size * (-2.0 * LOG2E))
-    t = (1.0 - e) / (1.0 + e)
-    t = tl.where(size < 0.02, size * (1.0 - size * size / 3.0), t)
-    return tl.where(y < 0, -t, t)
+def soft_cap(y, cap, PRECISE: tl.constexpr):
+    """cap * tanh(y / cap) without overflow: to 1.2e-7 of cap, or with PRECISE to 5e-6 of itself."""
+    if PRECISE:
+        size = tl.abs(y / cap)
+        e = tl.exp2(size * (-2.0 * LOG2E))
+        t = (1.0 - e) / (1.0 + e)
+        # Near 0, where 1 - e cancels, its Taylor series.
+        t = tl.where(size < 0.02, size * (1.0 - size * size / 3.0), t)
+        return cap * tl.where(y < 0, -t, t)
+    else:
+        return cap - 2.0 * cap * reciprocal(1.0 + tl.exp2(y * (2.0 * LOG2E / cap)))
 
 
 @triton.jit
@@ -143,6 +161,7 @@ def logits_tile(
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    PRECISE_CAP: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -157,18 +176,23 @@ def logits_tile(
     if HAS_BIAS:
         cols = col + tl.arange(0, BLOCK_V)
         x += tl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(tl.float32)[None, :]
-    return scale_and_cap(x, logit_scale, logit_softcap, HAS_SCALE, HAS_SOFTCAP)
+    return scale_and_cap(x, logit_scale, logit_softcap, HAS_SCALE, HAS_SOFTCAP, PRECISE_CAP)
 
 
 @triton.jit
 def scale_and_cap(
-    y, logit_scale, logit_softcap, HAS_SCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr
+    y,
+    logit_scale,
+    logit_softcap,
+    HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    PRECISE_CAP: tl.constexpr,
 ):
     """From E C^T + bias to the logit."""
     if HAS_SCALE:
         y *= logit_scale
     if HAS_SOFTCAP:
-        y = logit_softcap * tanh(y / logit_softcap)
+        y = soft_cap(y, logit_softcap, PRECISE_CAP)
     return y
 
 

@@ -62,6 +62,11 @@ _CONFIGS: dict[tuple[int, int], TileConfig] = {
 }
 
 
+def ceil_div(size: int, step: int) -> int:
+    """Number of steps that cover `size`; Triton's own takes ten times as long on the host."""
+    return -(-size // step)
+
+
 def is_interpreted() -> bool:
     """Whether Triton runs kernels in its CPU interpreter (fixed when Triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
