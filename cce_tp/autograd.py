@@ -31,7 +31,11 @@ def _operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _unpack(
-    packed_RN: Tensor, log_sum_N: Tensor, target_N: Tensor, options: LossOptions
+    packed_RN: Tensor,
+    log_sum_N: Tensor,
+    target_N: Tensor,
+    totals_3: Tensor | None,
+    options: LossOptions,
 ) -> LossStats:
     rows = options.rows
     max_N, sum_N = packed_RN[StatRows.MAX], packed_RN[StatRows.SUM_EXP]
@@ -40,6 +44,10 @@ def _unpack(
     if rows.entropy:
         # -sum p log p = lse - sum p x, with x relative to the maximum.
         entropy_N = log_sum_N - packed_RN[rows.entropy_row] / sum_N
+    tiles_kept = far_mass = None
+    if totals_3 is not None:
+        tiles_kept = totals_3[0] / totals_3[1].clamp(min=1)
+        far_mass = totals_3[2] / valid_N.sum().clamp(min=1)
     return LossStats(
         lse=max_N + log_sum_N,
         target_logit=torch.where(valid_N, packed_RN[StatRows.TARGET], 0.0),
@@ -47,10 +55,12 @@ def _unpack(
         # Logits that are all NaN have no largest one; any valid id keeps a look-up in bounds.
         argmax=unpack_ids(packed_RN[rows.argmax_row]).clamp(max=options.vocab_size - 1),
         entropy=entropy_N,
+        tiles_kept=tiles_kept,
+        far_mass=far_mass,
     )
 
 
-# Tensors saved before the anchors: four operands, normaliser, count.
+# Tensors saved before those of the far field and the anchors: four operands, normaliser, count.
 _NUM_SAVED = 6
 
 
@@ -110,10 +120,14 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             target.contiguous(),
         )
         rows = options.rows
-        loss, normaliser_2N, count, packed_RN = ops.loss(
+        # Without gradients and statistics there is nothing to choose tiles for.
+        wants_far = rows.argmax or any(ctx.needs_input_grad)
+        far_budget = options.grad_filter.budget if wants_far else None
+        loss, normaliser_2N, count, packed_RN, far = ops.loss(
             *operands,
             *_logit_arguments(options),
             *(rows.logit_sum, rows.entropy, rows.argmax),
+            far_budget,
             options.group_name,
             options.sequence_parallel,
             [options.start, options.stop, options.vocab_size],
@@ -122,14 +136,16 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             options.workspace_bytes,
             options.impl,
         )
-        ctx.save_for_backward(*operands, normaliser_2N, count, *anchors)
+        totals_3 = far.pop() if far_budget is not None and rows.argmax else None
+        ctx.save_for_backward(*operands, normaliser_2N, count, *far, *anchors)
+        ctx.num_far = len(far)
         # Not saved through save_for_backward: it is accumulated into between forward and backward.
         ctx.grad_weight_out = grad_weight_out
         ctx.options = options
         ctx.grad_dtypes = (input.dtype, weight.dtype, None if bias is None else bias.dtype)
         if not rows.argmax:
             return (loss,)
-        statistics = _unpack(packed_RN, normaliser_2N[1], target, options)
+        statistics = _unpack(packed_RN, normaliser_2N[1], target, totals_3, options)
         ctx.mark_non_differentiable(*(each for each in statistics if each is not None))
         return (loss, *statistics)
 
@@ -139,8 +155,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         # Read once: activation checkpointing recomputes what it gives out, and gives it out once.
         saved = ctx.saved_tensors
         with torch.no_grad():
-            results = _gradients(ctx, saved[:_NUM_SAVED], grads[0])
-        anchors = saved[_NUM_SAVED:]
+            results = _gradients(ctx, saved[: _NUM_SAVED + ctx.num_far], grads[0])
+        anchors = saved[_NUM_SAVED + ctx.num_far :]
         if torch.is_grad_enabled():  # create_graph=True
             through = [t for t in (*saved[:3], *anchors) if t is not None and t.requires_grad]
             results = tuple(
@@ -166,7 +182,7 @@ def _logit_arguments(options: LossOptions) -> tuple[Any, ...]:
 def _gradients(ctx: Any, saved: tuple[Any, ...], upstream: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of input, weight and bias; None where not wanted or in grad_weight_out."""
     options: LossOptions = ctx.options
-    *operands, normaliser_2N, count = saved
+    *operands, normaliser_2N, count = saved[:_NUM_SAVED]
     into_out = ctx.grad_weight_out is not None and ctx.needs_input_grad[1]
     wanted = (
         ctx.needs_input_grad[0],
@@ -184,6 +200,7 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], upstream: Tensor) -> tuple[Tens
         normaliser_2N,
         count,
         options.grad_filter.eps,
+        [*saved[_NUM_SAVED:]],
         ctx.grad_weight_out if into_out else None,
         codes,
         options.group_name if options.reduce_input_grad else "",

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from cce_tp.far_field import FarGradient, SortedStatistics, TileMasses
 from cce_tp.problem import LocalLogits, LogitGradient, LossTerms, TokenLoss
 from cce_tp.stats import StatRows
 
@@ -42,12 +44,61 @@ class Backend(Protocol):
         accumulate: bool,
     ) -> None: ...
 
+    # The sorted far field.
+
+    def tile_rows(self, like: Tensor) -> int:
+        """Vocabulary rows of a tile, for operands like this one."""
+        ...
+
+    def sorted_statistics(
+        self,
+        logits: LocalLogits,
+        order: Tensor,
+        target: Tensor,
+        rows: StatRows,
+        workspace_bytes: int,
+    ) -> SortedStatistics: ...
+
+    def tile_masses(
+        self,
+        tiles: Tensor,
+        normaliser_2N: Tensor,
+        target_N: Tensor,
+        logits: LocalLogits,
+        *,
+        ignore_index: int,
+        budget: float,
+        slopes: bool,
+    ) -> TileMasses: ...
+
+    def far_gradient(
+        self,
+        masses: TileMasses,
+        upstream: LogitGradient,
+        logits: LocalLogits,
+        dtype: torch.dtype,
+    ) -> Tensor: ...
+
+    def add_target_rows(
+        self, out: Tensor, weight: Tensor, rows: Tensor, factors: Tensor
+    ) -> None: ...
+
+    def write_far_rows(
+        self,
+        far: FarGradient,
+        input: Tensor,
+        out: Tensor | None,
+        bias: Tensor | None,
+        *,
+        accumulate: bool,
+    ) -> None: ...
+
 
 class _TritonBackend:
     """Binds the kernels' launchers; Triton is imported when the first one is built."""
 
     def __init__(self) -> None:
-        from cce_tp.kernels import backward, forward, loss
+        from cce_tp.kernels import backward, far_field, forward, loss
 
         self.statistics = forward.statistics
         self.token_loss = loss.token_loss
@@ -55,6 +106,12 @@ class _TritonBackend:
         self.tile_bytes = lambda logits: 0
         self.grad_logits = backward.grad_logits
         self.sparse_product = backward.sparse_product
+        self.tile_rows = far_field.tile_rows
+        self.sorted_statistics = far_field.sorted_statistics
+        self.tile_masses = far_field.tile_masses
+        self.far_gradient = far_field.far_gradient
+        self.add_target_rows = far_field.add_target_rows
+        self.write_far_rows = far_field.write_far_rows
 
 
 class _TorchBackend:
@@ -66,6 +123,12 @@ class _TorchBackend:
         self.token_gradient = reference.token_gradient
         self.tile_bytes = reference.tile_bytes
         self.grad_logits = reference.grad_logits
+        self.tile_rows = reference.tile_rows
+        self.sorted_statistics = reference.sorted_statistics
+        self.tile_masses = reference.tile_masses
+        self.far_gradient = reference.far_gradient
+        self.add_target_rows = reference.add_target_rows
+        self.write_far_rows = reference.write_far_rows
 
     def sparse_product(self, *args: Any, **kwargs: Any) -> None:
         raise AssertionError("the reference keeps no list of tiles")

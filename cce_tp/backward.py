@@ -3,7 +3,8 @@
 For each strip of the vocabulary the backend writes G^T, G = d loss / d (E C^T), to a small buffer
 or to a part of dC that is still to be written; then dC_strip = G^T E is complete at once and
 dE += G C_strip is summed in fp32. Deterministic. With the paper's filter the strips are cut from
-the sorted vocabulary and the products skip the dropped tiles.
+the sorted vocabulary and the products skip the dropped tiles; with the far field they are cut from
+the rows of the kept tiles, and `far_field` adds the rest.
 
 Legend: N tokens, V vocabulary rows of this rank, D hidden size.
 """
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cce_tp import far_field
 from cce_tp.backend import Backend
+from cce_tp.far_field import FarBackward, FarField
 from cce_tp.filtering import BYTES_PER_ORDERED_ROW, vocabulary_order
 from cce_tp.problem import LocalLogits, LogitGradient, statistics_dtype
 from cce_tp.products import InputSum, add_product, copies_operands
@@ -75,25 +78,40 @@ class _Strip:
 
 
 class _Columns:
-    """Cuts this rank's logits into strips: of local rows as they are, or of their sorted order."""
+    """Cuts this rank's logits into strips: of its rows as they are, or of a list of them.
 
-    def __init__(self, logits: LocalLogits, *, sort: bool) -> None:
-        self._logits = logits
-        self._order = self._position = None
-        if sort:
-            self._order = vocabulary_order(logits.input, logits.weight, logits.bias)
-            position = torch.empty_like(self._order)
-            position[self._order] = torch.arange(len(position), device=position.device)
-            column = logits.target - logits.first_id
-            local = (column >= 0) & (column < len(position))
-            self._position = torch.where(local, position[torch.where(local, column, 0)], -1)
+    Attributes:
+        count: number of columns.
+    """
+
+    def __init__(
+        self, logits: LocalLogits, rows: Tensor | None = None, position: Tensor | None = None
+    ) -> None:
+        """
+        Args:
+            logits: all tokens against all local rows.
+            rows: (K,) the local rows to take, in this order; None for all as they are.
+            position: (N,) the target's place among them, or -1.
+        """
+        self._logits, self._rows, self._position = logits, rows, position
+        self.count = logits.shape[1] if rows is None else rows.shape[0]
+
+    @classmethod
+    def ordered(cls, logits: LocalLogits) -> _Columns:
+        """All rows, sorted by their average logit."""
+        order = vocabulary_order(logits.input, logits.weight, logits.bias)
+        position = torch.empty_like(order)
+        position[order] = torch.arange(len(position), device=position.device)
+        column = logits.target - logits.first_id
+        local = (column >= 0) & (column < len(position))
+        return cls(logits, order, torch.where(local, position[torch.where(local, column, 0)], -1))
 
     def strip(self, start: int, stop: int) -> tuple[_Strip, LocalLogits]:
-        if self._order is None or self._position is None:
+        if self._rows is None or self._position is None:
             return _Strip(start, stop, None), self._logits.columns(start, stop)
-        rows = self._order[start:stop]
-        column = torch.where(self._position >= 0, self._position - start, -1)
-        return _Strip(start, stop, rows), self._logits.gathered(rows, column)
+        rows = self._rows[start:stop]
+        part = self._logits.gathered(rows, self._position)
+        return _Strip(start, stop, rows), part._replace(first_id=start)
 
 
 class _BackwardPass:
@@ -106,17 +124,40 @@ class _BackwardPass:
         upstream: LogitGradient,
         sinks: GradientSinks,
         eps: float | None,
+        state: FarField | None,
     ) -> None:
         self.backend = backend
         self.logits = logits
         self.sinks = sinks
         self.eps = eps
         self.upstream, self.unscale = _into_range(logits, upstream)
-        self.columns = _Columns(logits, sort=eps is not None)
         self.sum_dtype = statistics_dtype(logits.input.dtype)
+        self.far: FarBackward | None = None
+        self.far_bytes = 0
+        if state is not None:
+            self.far_bytes = state.nbytes
+            self.far = far_field.begin(backend, state, logits, self.upstream, self.unscale)
+        if self.far is not None:
+            self.far_bytes = self.far.nbytes
+            self.columns = _Columns(logits, self.far.rows, self.far.column)
+        elif eps is not None:
+            self.columns = _Columns.ordered(logits)
+        else:
+            self.columns = _Columns(logits)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether strips are of gathered rows."""
+        return self.eps is not None or self.far is not None
 
     def run(self, workspace_bytes: int) -> None:
         sizes = self._sizes()
+        self._walk(sizes, workspace_bytes)
+        if self.far is not None:
+            accumulate = self.sinks.accumulate_weight
+            self.far.write_weight(self.sinks.weight, self.sinks.bias, accumulate=accumulate)
+
+    def _walk(self, sizes: BackwardSizes, workspace_bytes: int) -> None:
         for walk in plan_backward(sizes, workspace_bytes):
             if isinstance(walk, TokenWalk):
                 self._token_walk(walk, sizes)
@@ -126,17 +167,18 @@ class _BackwardPass:
                 self._strip_walk(walk, bias=not sizes.need_input)
 
     def _sizes(self) -> BackwardSizes:
-        num_tokens, vocab, hidden = self.logits.shape
+        num_tokens, _, hidden = self.logits.shape
+        vocab = self.columns.count
         itemsize, wide = self.logits.input.element_size(), self.sum_dtype.itemsize
         dE, dC = self.sinks.input, self.sinks.weight
-        filtered, copies = self.eps is not None, copies_operands(self.logits.input)
+        gathers, copies = self.gathers, copies_operands(self.logits.input)
         weight_row = lent_row = 0
         if dC is not None:
             if not self._direct(dC):
-                weight_row = hidden * (
-                    wide + filtered * (1 + self.sinks.accumulate_weight) * dC.itemsize
-                )
-            if not (filtered or copies or self.sinks.accumulate_weight) and dC.is_contiguous():
+                made = self._product_dtype(dC).itemsize
+                other = made != dC.itemsize or self.sinks.accumulate_weight
+                weight_row = hidden * (made + gathers * other * dC.itemsize)
+            if not (gathers or copies or self.sinks.accumulate_weight) and dC.is_contiguous():
                 lent_row = hidden * dC.itemsize
         sums_apart = dE is not None and dE.dtype != self.sum_dtype
         sum_row = hidden * wide * (sums_apart + copies)
@@ -148,14 +190,14 @@ class _BackwardPass:
             element=itemsize + copies * wide,
             token_row=sum_row,
             single_row=sum_row if self._apart_once() else 0,
-            can_borrow=sums_apart and InputSum.can_borrow(dE, self.sum_dtype) and not filtered,
-            strip_row=hidden * (filtered * itemsize + copies * wide),
+            can_borrow=sums_apart and InputSum.can_borrow(dE, self.sum_dtype) and not self.eps,
+            strip_row=hidden * (gathers * itemsize + copies * wide),
             weight_row=weight_row,
             weight_accumulator=hidden * wide,
             weight_accumulates=dC is not None and dC.dtype == self.sum_dtype,
             lent_row=lent_row,
             gradient_row=_padded(num_tokens) * itemsize,
-            fixed=fixed + (BYTES_PER_ORDERED_ROW * vocab if filtered else 0),
+            fixed=fixed + self.far_bytes + (self.eps is not None) * BYTES_PER_ORDERED_ROW * vocab,
             need_input=dE is not None,
             need_weight=dC is not None,
         )
@@ -163,31 +205,49 @@ class _BackwardPass:
     def _direct(self, grad_weight: Tensor) -> bool:
         """Whether a product can write its rows of dC without a temporary."""
         native = grad_weight.dtype in (self.logits.input.dtype, self.sum_dtype)
-        indirect = self.eps is not None or self.unscale is not None
+        indirect = self.gathers or self.unscale is not None
         return native and not indirect and not copies_operands(self.logits.input)
+
+    def _product_dtype(self, grad_weight: Tensor) -> torch.dtype:
+        """Of a temporary for a strip's rows of dC: dC's own if they are but copied."""
+        untouched = self.unscale is None and self.eps is None and not self.sinks.accumulate_weight
+        if untouched and not copies_operands(self.logits.input):
+            return (
+                grad_weight.dtype
+                if grad_weight.dtype == self.logits.input.dtype
+                else self.sum_dtype
+            )
+        return self.sum_dtype
 
     def _apart_once(self) -> bool:
         """Whether even a dE that one product makes needs a wide temporary."""
-        scaled = self.unscale is not None or self.eps is not None
+        scaled = self.unscale is not None or self.gathers
         return scaled or copies_operands(self.logits.input)
 
     def _token_walk(self, walk: TokenWalk, sizes: BackwardSizes) -> None:
         """Token chunks outside, strips inside: dE and the bias gradient, and dC if it is asked."""
         grad_input, grad_weight = self.sinks.input, self.sinks.weight if walk.weight else None
         assert grad_input is not None
-        num_tokens, vocab, _ = self.logits.shape
+        num_tokens, vocab = self.logits.shape[0], self.columns.count
         buffer = self._buffer(walk.strip, walk.chunk)
         single = walk.strip >= vocab and not self._apart_once()
         for n0, n1 in blocks(num_tokens, walk.chunk):
             total = InputSum(grad_input[n0:n1], self.sum_dtype, in_place=single, borrow=walk.borrow)
+            if self.far is not None:
+                for t0, t1, part in total.parts:
+                    self.far.start_input(part, (n0 + t0, n0 + t1))
             for start, stop in walk.strips(sizes):
                 strip, logits = self.columns.strip(start, stop)
                 out = self._lent(start, stop) if stop - start > walk.strip else buffer
                 logits, grad_VN, kept = self._gradient(strip, logits, (n0, n1), out)
                 self._add_bias(strip, grad_VN)
+                add = start > 0 or self.far is not None
                 for t0, t1, part in total.parts:
-                    self._product(part, grad_VN[:, t0:t1], logits.weight, kept, start > 0)
+                    self._product(part, grad_VN[:, t0:t1], logits.weight, kept, add)
                 if stop == vocab:
+                    if self.far is not None:
+                        for t0, t1, part in total.parts:
+                            self.far.finish_input(part, (n0 + t0, n0 + t1))
                     total.finish(self.unscale)
                     if n1 == num_tokens:
                         self.sinks.input_done()
@@ -225,7 +285,8 @@ class _BackwardPass:
     def _strip_walk(self, walk: StripWalk, *, bias: bool) -> None:
         """Strips outside, token chunks inside: dC (and the bias gradient) with a sum in fp32."""
         grad_weight = self.sinks.weight
-        num_tokens, vocab, hidden = self.logits.shape
+        num_tokens, _, hidden = self.logits.shape
+        vocab = self.columns.count
         buffer = self._buffer(walk.strip, walk.chunk)
         whole = walk.chunk >= num_tokens
         for start, stop in blocks(vocab, walk.strip):
@@ -309,7 +370,7 @@ class _BackwardPass:
             self._weight_product(part, grad_VN, logits.input, None, accumulate=accumulate)
             return
         shape = (strip.stop - strip.start, logits.shape[2])
-        part = torch.empty(shape, dtype=self.sum_dtype, device=grad_VN.device)
+        part = torch.empty(shape, dtype=self._product_dtype(grad_weight), device=grad_VN.device)
         self._weight_product(part, grad_VN, logits.input, kept, accumulate=False)
         if self.unscale is not None:
             part *= self.unscale
@@ -353,6 +414,7 @@ def gradients(
     sinks: GradientSinks,
     *,
     eps: float | None,
+    far: FarField | None,
     workspace_bytes: int,
 ) -> None:
     """Write this rank's gradients into `sinks`.
@@ -362,12 +424,13 @@ def gradients(
         logits: all N tokens against all V local rows.
         upstream: gradient and global statistics per token.
         sinks: outputs; every element of a wanted one is written.
-        eps: threshold of the paper's filter, or None for the exact gradient.
+        eps: threshold of the paper's filter, or None.
+        far: what the forward pass left for the far field, or None.
         workspace_bytes: cap on temporaries beyond the gradients.
     """
     num_tokens, vocab, _ = logits.shape
     if num_tokens > 0 and vocab > 0:
-        _BackwardPass(backend, logits, upstream, sinks, eps).run(workspace_bytes)
+        _BackwardPass(backend, logits, upstream, sinks, eps, far).run(workspace_bytes)
         return
     if sinks.input is not None:
         sinks.input.zero_()

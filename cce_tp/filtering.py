@@ -12,7 +12,8 @@ from torch import Tensor
 # Peak bytes per row of making and holding the order: keys and values of a radix sort, the inverse.
 BYTES_PER_ORDERED_ROW = 48
 
-_SUPPORTED: tuple[str, ...] = ("exact", "paper")
+# A tile in which any token has more of its probability than this is never left to the far field.
+LARGEST_FAR_MASS = 2.0**-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,8 @@ class GradFilter:
             y_v| in it is below eps, y being the logit before the cap and after the scale. The
             derivative is that of the token's own loss, before the upstream gradient, so the
             choice does not depend on the reduction or on a loss scale.
-        budget: for "far-field": mean leftover probability mass per token.
+        budget: for "far-field": share of the probability mass, on average over the tokens, that
+            may be left to the far field.
     """
 
     kind: Literal["exact", "paper", "far-field"] = "exact"
@@ -65,16 +67,16 @@ class GradFilter:
 
     @classmethod
     def far_field(cls, budget: float = 0.005) -> GradFilter:
-        """Sorted tiles of little mass are replaced by mass times mean row. Not implemented yet."""
-        return cls("far-field", budget=budget)
+        """Keep the heavy tiles of the sorted vocabulary; replace the others by mass times mean.
 
-    def require_supported(self) -> None:
-        """Raise NotImplementedError for a filter that has no implementation in this release."""
-        if self.kind not in _SUPPORTED:
-            raise NotImplementedError(
-                f"grad_filter: {self.kind!r} is not implemented in this release; "
-                "use GradFilter.exact() or GradFilter.paper()"
-            )
+        The vocabulary is sorted by average logit inside each shard. The forward pass knows the
+        probability mass of every (token, vocabulary tile). Tiles are kept, for all tokens, from the
+        heaviest on until the mass of the others is at most `budget` of all, and until no token has
+        more than 2^-6 in any of them. A tile that is not kept contributes its exact mass, times the
+        mean of its classifier rows to dE, and spread evenly over its rows to dC; targets in it are
+        exact. Stateless and deterministic; docs/far-field.md derives it and bounds the error.
+        """
+        return cls("far-field", budget=budget)
 
 
 def vocabulary_order(input_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:

@@ -107,7 +107,7 @@ def linear_cross_entropy(
         logit_scale: factor on the logits, before the cap.
         logit_softcap: cap, or None.
         vocab_shard: which rows of the vocabulary this rank holds; None means all of them.
-        grad_filter: GradFilter.exact() or GradFilter.paper().
+        grad_filter: GradFilter.exact(), .paper() or .far_field().
         grad_weight_out: (V_local, D) contiguous, fp32, bf16 or the weight's dtype. If given, the
             backward pass adds dC to it and autograd gets no gradient for the weight. Untouched if
             the weight does not require grad.
@@ -126,7 +126,6 @@ def linear_cross_entropy(
         ValueError: bad arguments. Under a group on every rank, if it is the group's first call, or
             its first call with these options and the ranks disagree about it; a later error of
             one rank alone is raised there alone (CCE_TP_DEBUG=1: everywhere, always).
-        NotImplementedError: GradFilter.far_field().
     """
     operands, options, settings = prepare(
         input,
@@ -161,8 +160,9 @@ def linear_cross_entropy(
         loss = loss.view(target.shape)
     if not settings.return_stats:
         return loss
-    shaped = (None if each is None else each.view(target.shape) for each in statistics)
-    return loss, LossStats(*cast("tuple[Tensor, ...]", tuple(shaped)))
+    *per_token, tiles_kept, far_mass = statistics
+    shaped = (None if each is None else each.view(target.shape) for each in per_token)
+    return loss, LossStats(*cast("Any", (*shaped, tiles_kept, far_mass)))
 
 
 class LinearCrossEntropyLoss(nn.Module):

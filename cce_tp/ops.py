@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cce_tp import sharding
+from cce_tp import far_field, sharding
 from cce_tp.backend import backend
 from cce_tp.backward import GradientSinks, gradients
+from cce_tp.far_field import FarField
 from cce_tp.problem import LocalLogits, LogitGradient, LossTerms, statistics_dtype
 from cce_tp.stats import StatRows
 from cce_tp.workspace import default_workspace_bytes
@@ -91,9 +92,13 @@ def _with_all_tokens(logits: LocalLogits, group: str, sequence_parallel: bool) -
     return logits._replace(input=sharding.gather_tokens(logits.input, group))
 
 
-def _loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+_LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+
+
+def _loss(*arguments: Any) -> _LossOutputs:
     logits, terms, rest = _split(arguments)
-    *flags, group, sequence_parallel, shard, agreed, numbers, workspace_bytes, impl = rest
+    flags, far_budget, (group, sequence_parallel, *rest) = rest[:3], rest[3], rest[4:]
+    shard, agreed, numbers, workspace_bytes, impl = rest
     rows = StatRows(*flags)
     chosen = backend(impl)
     with _execution_context(logits.input):
@@ -106,17 +111,43 @@ def _loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             sharding.agree(group, offer)
         whole = _with_all_tokens(logits, group, sequence_parallel)
         budget = _budget(workspace_bytes, logits, terms.vocab_size)
-        packed = chosen.statistics(whole, rows, budget)
+        ordered = None
+        if far_budget is None or not _has_logits(logits):
+            packed = chosen.statistics(whole, rows, budget)
+        else:
+            ordered = far_field.sorted_statistics(chosen, whole, rows, budget)
+            packed = ordered.statistics.packed
         if group:
             packed = sharding.merge_over_group(packed, rows, group)
         made = chosen.token_loss(packed, logits.target, rows, terms)
+        far: list[Tensor] = []
+        if ordered is not None:
+            assert far_budget is not None
+            chosen_tiles = ordered.choose(chosen, whole, packed, made.normaliser, terms, far_budget)
+            far = [*chosen_tiles]
+        if far_budget is not None and rows.argmax:
+            totals = far_field.totals(chosen_tiles if far else None, packed)
+            if group:
+                totals = sharding.sum_over_group(totals, group)
+            far = [*far, totals]
     statistics = packed if rows.argmax else packed.new_empty(0)
-    return made.loss, made.normaliser, made.count, statistics
+    return made.loss, made.normaliser, made.count, statistics, far
 
 
-def _loss_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits, terms, (*flags, _, _, _, _, _, _, _) = _split(arguments)
+def _has_logits(logits: LocalLogits) -> bool:
+    return logits.target.shape[0] > 0 and logits.weight.shape[0] > 0
+
+
+def _loss_fake(*arguments: Any) -> _LossOutputs:
+    logits, terms, (*flags, far_budget, _, _, _, _, _, _, impl) = _split(arguments)
     rows, num_tokens = StatRows(*flags), logits.target.shape[0]
+    far: list[Tensor] = []
+    if far_budget is not None:
+        if _has_logits(logits):
+            tile = backend(impl).tile_rows(logits.input)
+            far += far_field.empty(logits, tile, slopes=terms.label_smoothing > 0)
+        if rows.argmax:
+            far += [logits.input.new_empty(3, dtype=statistics_dtype(logits.input.dtype))]
     made, reduced = logits.input.new_empty, terms.reduction != "none"
     dtype = statistics_dtype(logits.input.dtype)
     return (
@@ -124,12 +155,13 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         made((2, num_tokens), dtype=dtype),
         made(() if reduced else (0,), dtype=torch.int32),
         made((rows.count, num_tokens) if rows.argmax else (0,), dtype=dtype),
+        far,
     )
 
 
 def _gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     logits, terms, rest = _split(arguments)
-    upstream, normaliser, count, eps, grad_weight_out, dtypes, *rest = rest
+    upstream, normaliser, count, eps, far, grad_weight_out, dtypes, *rest = rest
     group, sequence_parallel, workspace_bytes, impl = rest
     made = _empty_gradients(logits, dtypes)
     wants_input, wants_weight, wants_bias = (code != NOT_WANTED for code in dtypes)
@@ -159,7 +191,8 @@ def _gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             vocab_size=terms.vocab_size,
         )
         budget = _budget(workspace_bytes, logits, terms.vocab_size)
-        gradients(chosen, whole, per_token, sinks, eps=eps, workspace_bytes=budget)
+        kept = FarField(*far) if far else None
+        gradients(chosen, whole, per_token, sinks, eps=eps, far=kept, workspace_bytes=budget)
         if grad_bias is not None:
             made[2].copy_(grad_bias)
         reduction.wait()
@@ -167,7 +200,7 @@ def _gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gradients_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    logits, _, (_, _, _, _, _, dtypes, *_) = _split(arguments)
+    logits, _, (_, _, _, _, _, _, dtypes, *_) = _split(arguments)
     return _empty_gradients(logits, dtypes)
 
 
@@ -196,23 +229,25 @@ def _empty_gradients(logits: LocalLogits, dtypes: list[int]) -> tuple[Tensor, Te
     )
 
 
-# -> loss, (2, N) normaliser, number of tokens that count, packed statistics (if argmax is asked).
-# In a group the first call with new terms is a handshake.
+# -> loss, (2, N) normaliser, number of tokens that count, packed statistics (if argmax is asked),
+# and with a far_budget the fields of a FarField (none if this rank has no logits), then its totals
+# (if argmax is asked). In a group the first call with new terms is a handshake.
 loss = _define(
     "loss",
-    f"({_LOGITS_SCHEMA}, {_TERMS_SCHEMA}, {_ROWS_SCHEMA}, str group, bool sequence_parallel, "
-    "int[] shard, str agreed, float[] numbers, int? workspace_bytes, str impl) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"({_LOGITS_SCHEMA}, {_TERMS_SCHEMA}, {_ROWS_SCHEMA}, float? far_budget, str group, "
+    "bool sequence_parallel, int[] shard, str agreed, float[] numbers, int? workspace_bytes, "
+    "str impl) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
     _loss,
     _loss_fake,
 )
 # -> (dE, dC, dbias); dtypes: three numbers of `dtype_code`, or NOT_WANTED. dE is summed over the
-# group, if one is named.
+# group, if one is named. far: the fields of a FarField, or none.
 input_weight_gradients = _define(
     "gradients",
     f"({_LOGITS_SCHEMA}, {_TERMS_SCHEMA}, Tensor upstream, Tensor normaliser, Tensor count, "
-    "float? eps, Tensor(a!)? grad_weight_out, int[] dtypes, str group, bool sequence_parallel, "
-    "int? workspace_bytes, str impl) -> (Tensor, Tensor, Tensor)",
+    "float? eps, Tensor[] far, Tensor(a!)? grad_weight_out, int[] dtypes, str group, "
+    "bool sequence_parallel, int? workspace_bytes, str impl) -> (Tensor, Tensor, Tensor)",
     _gradients,
     _gradients_fake,
 )

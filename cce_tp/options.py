@@ -58,7 +58,6 @@ class Settings:
             fail("logit_softcap", "a finite number > 0 or None", repr(self.logit_softcap))
         if not isinstance(self.grad_filter, GradFilter):
             fail("grad_filter", "a cce_tp.GradFilter", repr(self.grad_filter))
-        self.grad_filter.require_supported()
         if not isinstance(self.return_stats, bool) and self.return_stats != "entropy":
             fail("return_stats", "False, True or 'entropy'", repr(self.return_stats))
         if self.workspace_bytes is not None and (
@@ -145,6 +144,7 @@ class LossOptions:
             self.logit_scale,
             0.0 if self.logit_softcap is None else self.logit_softcap,
             -1.0 if self.grad_filter.eps is None else self.grad_filter.eps,
+            -1.0 if self.grad_filter.budget is None else self.grad_filter.budget,
         ]
 
 

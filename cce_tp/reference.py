@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from cce_tp import stats
+from cce_tp.far_field import FarGradient, SortedStatistics, TileMasses, mass_dtype
+from cce_tp.filtering import LARGEST_FAR_MASS
 from cce_tp.problem import LocalLogits, LogitGradient, LossTerms, TokenLoss, statistics_dtype
 from cce_tp.stats import StatRows
 from cce_tp.workspace import blocks
@@ -138,3 +140,119 @@ def grad_logits(
         for v0, v1 in blocks(vocab, TILE_V):
             tile = _gradient_tile(block.columns(v0, v1), upstream_block, eps)
             out_VN[v0:v1, n0:n1] = tile.t()
+
+
+def tile_rows(like: Tensor) -> int:
+    """As `kernels.far_field.tile_rows`."""
+    return TILE_V
+
+
+def _cap_slope(logits: LocalLogits, x_NV: Tensor) -> Tensor:
+    if logits.logit_softcap is None:
+        return torch.ones_like(x_NV)
+    return 1 - (x_NV / logits.logit_softcap) ** 2
+
+
+def sorted_statistics(
+    logits: LocalLogits, order: Tensor, target: Tensor, rows: StatRows, workspace_bytes: int
+) -> SortedStatistics:
+    """As `kernels.far_field.sorted_statistics`; the tiles' rows: maximum, sum of exp, and the same
+    sum and a plain one of the cap's derivative."""
+    num_tokens, vocab, hidden = logits.shape
+    dtype = statistics_dtype(logits.input.dtype)
+    merged = stats.empty_statistics(num_tokens, rows, like=logits.input, dtype=dtype)
+    starts = range(0, vocab, TILE_V)
+    tiles = torch.empty((len(starts), 4, num_tokens), dtype=dtype, device=logits.input.device)
+    means = logits.weight.new_empty(len(starts), hidden)
+    for index, start in enumerate(starts):
+        ids = order[start : start + TILE_V]
+        part = logits.gathered(ids, target - logits.first_id - start)
+        means[index] = part.weight.to(dtype).mean(dim=0)
+        for n0, n1 in blocks(num_tokens, TILE_N):
+            block = part.tokens(n0, n1)
+            tile = _tile_statistics(block, rows)
+            if rows.argmax:
+                best = ids[_logits_tile(block).argmax(dim=1)] + logits.first_id
+                tile[rows.argmax_row] = stats.pack_ids(best, dtype)
+            merged[:, n0:n1] = stats.merge(torch.stack([merged[:, n0:n1], tile]), rows)
+            x_NV = _logits_tile(block)
+            slope_NV = _cap_slope(logits, x_NV)
+            base_N = torch.where(tile[0] == -torch.inf, 0.0, tile[0])
+            weighted_NV = (x_NV - base_N[:, None]).exp() * slope_NV
+            sums = (tile[0], tile[1], weighted_NV.sum(dim=1), slope_NV.sum(dim=1))
+            tiles[index, :, n0:n1] = torch.stack(sums)
+    return SortedStatistics(merged, tiles, means)
+
+
+def tile_masses(
+    tiles: Tensor,
+    normaliser_2N: Tensor,
+    target_N: Tensor,
+    logits: LocalLogits,
+    *,
+    ignore_index: int,
+    budget: float,
+    slopes: bool,
+) -> TileMasses:
+    """As `kernels.far_field.tile_masses`."""
+    scale_TN = ((tiles[:, 0] - normaliser_2N[0]) - normaliser_2N[1]).exp()
+    counted_TN = torch.where(target_N == ignore_index, 0.0, tiles[:, 1] * scale_TN)
+    largest_T, total_T = counted_TN.amax(dim=1), counted_TN.sum(dim=1)
+    # Lightest first; of equals the later one.
+    ascending = torch.sort(largest_T.flip(0), stable=True).indices
+    ascending = len(largest_T) - 1 - ascending
+    left_T = torch.empty_like(total_T)
+    left_T[ascending] = total_T[ascending].cumsum(dim=0)
+    kept = ~((left_T <= budget * total_T.sum()) & (largest_T <= LARGEST_FAR_MASS))
+    vocab = logits.weight.shape[0]
+    kept[-1] |= vocab % TILE_V != 0
+    kept[0] |= total_T.sum() == 0
+    dtype = mass_dtype(logits.input.dtype)
+    slope = tiles[:, 3] if slopes else tiles[:0, 3]
+    mass = tiles[:, 2] * scale_TN
+    return TileMasses(mass.to(dtype), slope.to(dtype), total_T.float(), kept.to(torch.int32))
+
+
+def far_gradient(
+    masses: TileMasses, upstream: LogitGradient, logits: LocalLogits, dtype: torch.dtype
+) -> Tensor:
+    """As `kernels.far_field.far_gradient`."""
+    wide = statistics_dtype(dtype)
+    num_tiles, vocab = masses.kept.shape[0], logits.weight.shape[0]
+    rows_left_T = vocab - TILE_V * torch.arange(num_tiles, device=masses.kept.device)
+    slope = rows_left_T.clamp(max=TILE_V)[:, None].to(wide)
+    if masses.slope.shape[0] > 0:
+        slope = masses.slope.to(wide)
+    lse_N = upstream.max_logit + upstream.log_sum
+    g_TN = masses.mass.to(wide) * (1 + 2 * upstream.z_loss * lse_N)
+    g_TN = (g_TN - upstream.uniform_weight * slope) * (upstream.grad * logits.logit_scale)
+    return torch.where((masses.kept != 0)[:, None] | (upstream.grad == 0), 0.0, g_TN).to(dtype)
+
+
+def add_target_rows(out: Tensor, weight: Tensor, rows: Tensor, factors: Tensor) -> None:
+    """As `kernels.far_field.add_target_rows`."""
+    tokens = (rows >= 0).nonzero().view(-1)
+    out[tokens] += factors[tokens, None] * weight[rows[tokens]].to(out.dtype)
+
+
+def write_far_rows(
+    far: FarGradient, input: Tensor, out: Tensor | None, bias: Tensor | None, *, accumulate: bool
+) -> None:
+    """As `kernels.far_field.write_far_rows`."""
+    vocab = far.order.shape[0]
+    tokens = far.sorted_tokens[far.sorted_rows >= 0]
+    rows = far.sorted_rows[far.sorted_rows >= 0]
+    if bias is not None:
+        bias.index_add_(0, rows, far.factors[tokens].to(bias.dtype))
+    if out is None or far.weight is None:
+        return
+    for tile in (far.kept == 0).nonzero().view(-1).tolist():
+        ids = far.order[tile * far.tile : (tile + 1) * far.tile]
+        total = (far.weight[tile] / min(far.tile, vocab - tile * far.tile)).repeat(len(ids), 1)
+        inside = far.tile_of_target[tokens] == tile
+        place = (rows[inside, None] == ids).to(torch.uint8).argmax(dim=1)
+        value = far.factors[tokens[inside], None] * input[tokens[inside]].to(total.dtype)
+        total.index_add_(0, place, value)
+        if accumulate:
+            total += out[ids]
+        out[ids] = total.to(out.dtype)

@@ -208,6 +208,7 @@ AGREED_NUMBERS = (
     "logit_scale",
     "logit_softcap",
     "grad_filter.eps",
+    "grad_filter.budget",
 )
 
 
@@ -300,6 +301,12 @@ def merge_over_group(packed_RN: Tensor, rows: StatRows, group_name: str) -> Tens
     gathered_WRN = packed_RN.new_empty((group.size(), *packed_RN.shape))
     _all_gather_whole(gathered_WRN.flatten(0, 1), packed_RN.contiguous(), group=group)
     return stats.merge(gathered_WRN, rows)
+
+
+def sum_over_group(local: Tensor, group_name: str) -> Tensor:
+    """Sum of a small tensor over the ranks, the same bits on every rank."""
+    dist.all_reduce(local, group=_entry(group_name).group)
+    return local
 
 
 def gather_tokens(local: Tensor, group_name: str) -> Tensor:

@@ -50,7 +50,8 @@ class StatRows:
 
 
 class LossStats(NamedTuple):
-    """Statistics of the logits over the whole (global) vocabulary, with the shape of `target`.
+    """Statistics of the logits over the whole (global) vocabulary, with the shape of `target` where
+    not said otherwise.
 
     No gradient flows through them; they are the same bits on every rank of the group.
 
@@ -60,6 +61,10 @@ class LossStats(NamedTuple):
         max_logit: largest logit.
         argmax: int64 global id of the largest logit; the lowest id among equals.
         entropy: entropy of the softmax in nats, where it was asked for, else None.
+        tiles_kept: () share of the (global) vocabulary's tiles that GradFilter.far_field keeps;
+            None with other filters.
+        far_mass: () probability mass left to the far field, on average over the tokens that are
+            not ignored; None with other filters.
     """
 
     lse: Tensor
@@ -67,6 +72,8 @@ class LossStats(NamedTuple):
     max_logit: Tensor
     argmax: Tensor
     entropy: Tensor | None = None
+    tiles_kept: Tensor | None = None
+    far_mass: Tensor | None = None
 
 
 def _index_dtype(dtype: torch.dtype) -> torch.dtype:

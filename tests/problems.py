@@ -116,8 +116,13 @@ def call(
         grad_input=None if input is None else input.grad,
         grad_weight=None if weight is None else weight.grad,
         grad_bias=None if bias is None else bias.grad,
-        **({} if stats is None else stats._asdict()),
+        **({} if stats is None else _per_token(stats)),
     )
+
+
+def _per_token(stats: cce_tp.LossStats) -> dict[str, Any]:
+    named = stats._asdict()
+    return {name: value for name, value in named.items() if name not in ("tiles_kept", "far_mass")}
 
 
 def solve(problem: Problem, device: str = "cpu", **more: Any) -> Outcome:

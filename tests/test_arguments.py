@@ -198,12 +198,6 @@ def test_mixed_dtypes_are_fine_under_autocast() -> None:
         assert cce_tp.linear_cross_entropy(**given, impl="torch").isfinite()
 
 
-def test_far_field_can_be_named_but_not_used_yet() -> None:
-    policy = cce_tp.GradFilter.far_field(budget=0.01)
-    with pytest.raises(NotImplementedError, match=r"grad_filter.*far.field"):
-        cce_tp.linear_cross_entropy(**arguments(), grad_filter=policy)
-
-
 @pytest.mark.parametrize(
     ("make", "name"),
     [

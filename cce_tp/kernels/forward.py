@@ -10,6 +10,8 @@ Legend: N tokens, V vocabulary rows of this rank, D hidden size, T vocabulary ti
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -36,6 +38,7 @@ def tile_statistics_kernel(
     weight,
     bias_ptr,
     target_ptr,
+    ids_ptr,
     tiles_ptr,
     merged_ptr,
     N,
@@ -51,6 +54,8 @@ def tile_statistics_kernel(
     LOGIT_SUM: tl.constexpr,
     ENTROPY: tl.constexpr,
     ARGMAX: tl.constexpr,
+    SORTED: tl.constexpr,
+    SLOPES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -62,7 +67,10 @@ def tile_statistics_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
-    """tiles_ptr is (T, ROWS, N) fp32; row 2 of merged_ptr (ROWS + 1, N) takes targets' logits."""
+    """tiles_ptr is (T, ROWS, N) fp32; row 2 of merged_ptr takes the targets' logits.
+
+    With SORTED the columns are in another order than their ids, which are in ids_ptr (V,). With
+    SLOPES the last two rows take sums of the cap's derivative, weighted by exp(x - m) and not."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_v = tl.cdiv(V, BLOCK_V)
     for tile in tl.range(tl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS, flatten=True):
@@ -105,8 +113,20 @@ def tile_statistics_kernel(
             tl.store(out, tl.sum(weighted, axis=1), mask=valid)
             out += N
         if ARGMAX:
-            best = tl.argmax(x, axis=1, tie_break_left=True) + block_v * BLOCK_V
+            if SORTED:
+                # The lowest id among equals, which need not be the first column.
+                ids = tl.load(ids_ptr + cols, mask=cols < V, other=2147483647).to(tl.int32)
+                largest = (x == max_x[:, None]) & in_range
+                best = tl.min(tl.where(largest, ids[None, :], 2147483647), axis=1)
+            else:
+                best = tl.argmax(x, axis=1, tie_break_left=True) + block_v * BLOCK_V
             tl.store(out, best.to(tl.float32, bitcast=True), mask=valid)
+            out += N
+        if SLOPES:
+            capped = x * (1.0 / logit_softcap)
+            slope = tl.where(in_range, 1.0 - capped * capped, 0.0)
+            tl.store(out, tl.sum(exp_x * slope, axis=1), mask=valid)
+            tl.store(out + N, tl.sum(slope, axis=1), mask=valid)
 
 
 @triton.jit(do_not_specialize=["first_id"])
@@ -125,7 +145,7 @@ def merge_tiles_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """`stats.merge`, streamed: (T, ROWS, N) tile statistics to packed (ROWS + 1, N).
+    """`stats.merge`, streamed: (T, ROWS, N) tile statistics to the packed (rows, N).
 
     Row 2 holds the targets' logits where a target is among these V rows, and anything elsewhere."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -215,36 +235,85 @@ def statistics(logits: LocalLogits, rows: StatRows, workspace_bytes: int) -> Ten
 
 def _statistics_of(logits: LocalLogits, rows: StatRows) -> Tensor:
     num_tokens, vocab, _ = logits.shape
+    config, _ = tuning.config_for(logits.input)
+    tiles, merged = empty_tiles(ceil_div(vocab, config.block_v), num_tokens, rows, logits.input)
+    tile_statistics(logits, rows, tiles, merged)
+    merge_tiles(logits.target, logits.first_id, vocab, rows, tiles, merged)
+    return merged
+
+
+def empty_tiles(
+    num_tiles: int, num_tokens: int, rows: StatRows, like: Tensor, *, slopes: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Unfilled (T, tile rows, N) tile statistics and (rows, N) merged ones, fp32."""
+    per_tile = rows.count - 1 + 2 * slopes  # the target's logit is not kept per tile
+    tiles = like.new_empty((num_tiles, per_tile, num_tokens), dtype=torch.float32)
+    return tiles, like.new_empty((rows.count, num_tokens), dtype=torch.float32)
+
+
+def tile_statistics(
+    logits: LocalLogits,
+    rows: StatRows,
+    tiles: Tensor,
+    merged: Tensor,
+    *,
+    ids: Tensor | None = None,
+    slopes: bool = False,
+) -> None:
+    """Fill the tile statistics of some columns, and their targets' logits in row 2 of `merged`.
+
+    Args:
+        logits: N tokens against the V columns.
+        rows: optional statistics to compute.
+        tiles: (T, tile rows, N) fp32, every element is written.
+        merged: (rows, N) fp32.
+        ids: (V,) int64 number of each column, where that is not its place.
+        slopes: also sum the cap's derivative; needs a cap.
+    """
     tiling = tiling_arguments(logits, tuning.use_descriptors(logits.input, logits.weight))
-    flags = {
-        "ROWS": rows.count - 1,  # the target's logit is not kept per tile
-        "LOGIT_SUM": rows.logit_sum,
-        "ENTROPY": rows.entropy,
-        "ARGMAX": rows.argmax,
-    }
-    num_tiles = ceil_div(vocab, tiling["BLOCK_V"])
-    device = logits.input.device
-    tiles = torch.empty((num_tiles, rows.count - 1, num_tokens), dtype=torch.float32, device=device)
-    grid = min(tiling["NUM_PROGRAMS"], num_tiles * ceil_div(num_tokens, tiling["BLOCK_N"]))
-    merged = torch.empty((rows.count, num_tokens), dtype=torch.float32, device=device)
-    places = {
-        "tiles_ptr": tiles,
-        "target_ptr": logits.target,
-        "merged_ptr": merged,
-        "first_id": logits.first_id,
-    }
-    launch(tile_statistics_kernel, grid, **places, **logits_arguments(logits), **flags, **tiling)
-    block_n = 32
+    grid = tiles.shape[0] * ceil_div(logits.target.shape[0], tiling["BLOCK_N"])
+    launch(
+        tile_statistics_kernel,
+        min(tiling["NUM_PROGRAMS"], grid),
+        target_ptr=logits.target,
+        ids_ptr=ids,
+        tiles_ptr=tiles,
+        merged_ptr=merged,
+        first_id=logits.first_id,
+        SORTED=ids is not None,
+        SLOPES=slopes,
+        **logits_arguments(logits),
+        **_flags(rows, tiles),
+        **tiling,
+    )
+
+
+def merge_tiles(
+    target: Tensor, first_id: int, vocab: int, rows: StatRows, tiles: Tensor, merged: Tensor
+) -> None:
+    """Join the tiles of `vocab` columns; `merged` holds the logits of the targets among them."""
+    num_tokens, block_n = target.shape[0], 32
     launch(
         merge_tiles_kernel,
         ceil_div(num_tokens, block_n),
-        **places,
+        tiles_ptr=tiles,
+        target_ptr=target,
+        merged_ptr=merged,
+        first_id=first_id,
         N=num_tokens,
         V=vocab,
-        T=num_tiles,
-        **flags,
+        T=tiles.shape[0],
+        **_flags(rows, tiles),
         BLOCK_N=block_n,
         BLOCK_T=64,
         num_warps=4,
     )
-    return merged
+
+
+def _flags(rows: StatRows, tiles: Tensor) -> dict[str, Any]:
+    return {
+        "ROWS": tiles.shape[1],
+        "LOGIT_SUM": rows.logit_sum,
+        "ENTROPY": rows.entropy,
+        "ARGMAX": rows.argmax,
+    }

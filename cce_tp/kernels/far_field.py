@@ -1,0 +1,538 @@
+"""Kernels of the sorted far field (`cce_tp.far_field`): what is done per tile instead of per logit.
+
+All of them move memory; none multiplies matrices. Every output element has one writer: no locks,
+no atomics, equal bits in every run.
+
+Legend: N tokens, V vocabulary rows of this rank, D hidden size, B rows per vocabulary tile, T tiles
+of the sorted vocabulary (the last one may be short).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cce_tp.far_field import FarGradient, SortedStatistics, TileMasses, mass_dtype, rows_per_gather
+from cce_tp.filtering import LARGEST_FAR_MASS
+from cce_tp.kernels import forward, tuning
+from cce_tp.kernels.launch import launch
+from cce_tp.kernels.tile import LOG2E
+from cce_tp.kernels.tuning import ceil_div
+from cce_tp.problem import LocalLogits, LogitGradient
+from cce_tp.stats import StatRows
+
+_BLOCK_N = 1024
+_BLOCK_T = 128
+
+
+@triton.jit
+def gather_tiles_kernel(
+    weight_ptr,
+    order_ptr,
+    gathered_ptr,
+    mean_ptr,
+    V,
+    D,
+    stride_weight,
+    stride_gathered,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """gathered (V, D): rows of the weight in the given order; mean (T, D): of each tile of them."""
+    blocks_d = tl.cdiv(D, BLOCK_D)
+    tile = tl.program_id(0) // blocks_d
+    places = tile * TILE + tl.arange(0, TILE)
+    cols = (tl.program_id(0) % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    rows = tl.load(order_ptr + places, mask=places < V, other=0)
+    mask = (places < V)[:, None] & (cols < D)[None, :]
+    values = tl.load(weight_ptr + rows[:, None] * stride_weight + cols[None, :], mask, other=0.0)
+    out = gathered_ptr + places[:, None].to(tl.int64) * stride_gathered + cols[None, :]
+    tl.store(out, values, mask=mask)
+    count = tl.minimum(V - tile * TILE, TILE).to(tl.float32)
+    mean = tl.sum(values.to(tl.float32), axis=0) / count
+    tl.store(mean_ptr + tile.to(tl.int64) * D + cols, mean, mask=cols < D)
+
+
+@triton.jit
+def tile_mass_kernel(
+    tiles_ptr,
+    normaliser_ptr,
+    target_ptr,
+    mass_ptr,
+    slope_ptr,
+    totals_ptr,
+    N,
+    T,
+    ignore_index,
+    ROWS: tl.constexpr,
+    WEIGHTED_ROW: tl.constexpr,
+    SLOPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """mass (T, N): sum of p over a tile, times the cap's derivative if WEIGHTED_ROW is not row 1.
+
+    totals (2, T) fp32: the largest probability mass that a token has in the tile, and the sum over
+    the tokens; ignored tokens do not count."""
+    tile = tl.program_id(0)
+    part = tiles_ptr + tile.to(tl.int64) * ROWS * N
+    largest = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    for start in range(0, N, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        inside = rows < N
+        max_x = tl.load(part + rows, mask=inside, other=0.0)
+        sum_exp = tl.load(part + N + rows, mask=inside, other=0.0)
+        max_all = tl.load(normaliser_ptr + rows, mask=inside, other=0.0)
+        log_sum = tl.load(normaliser_ptr + N + rows, mask=inside, other=0.0)
+        target = tl.load(target_ptr + rows, mask=inside, other=0)
+        scale = tl.exp2((max_x - max_all) * LOG2E - log_sum * LOG2E)
+        mass = tl.where(inside & (target != ignore_index), sum_exp * scale, 0.0)
+        # NaN reaches the total, which keeps everything.
+        largest = tl.maximum(largest, mass)
+        total += mass
+        if WEIGHTED_ROW != 1:
+            sum_exp = tl.load(part + WEIGHTED_ROW * N + rows, mask=inside, other=0.0)
+        out = tile.to(tl.int64) * N + rows
+        tl.store(mass_ptr + out, (sum_exp * scale).to(mass_ptr.dtype.element_ty), mask=inside)
+        if SLOPE:
+            slope = tl.load(part + (ROWS - 1) * N + rows, mask=inside, other=0.0)
+            tl.store(slope_ptr + out, slope.to(slope_ptr.dtype.element_ty), mask=inside)
+    tl.store(totals_ptr + tile, tl.max(largest, axis=0))
+    tl.store(totals_ptr + T + tile, tl.sum(total, axis=0))
+
+
+@triton.jit
+def select_tiles_kernel(
+    totals_ptr,
+    kept_ptr,
+    T,
+    budget,
+    largest_mass,
+    RAGGED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """kept (T,) int32: 1 for a tile that is heavy, or that the budget does not cover.
+
+    The budget covers tiles in the order of their largest mass, the lightest first; the sum of those
+    that come no later than a tile needs no sorting."""
+    mine = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    my_largest = tl.load(totals_ptr + mine, mask=mine < T, other=0.0)
+    left = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    whole = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    for start in range(0, T, BLOCK_T):
+        other = start + tl.arange(0, BLOCK_T)
+        largest = tl.load(totals_ptr + other, mask=other < T, other=0.0)[None, :]
+        total = tl.load(totals_ptr + T + other, mask=other < T, other=0.0)
+        first = (largest == my_largest[:, None]) & (other[None, :] >= mine[:, None])
+        before = (largest < my_largest[:, None]) | first
+        left += tl.sum(tl.where(before, total[None, :], 0.0), axis=1)
+        whole += total
+    whole_mass = tl.sum(whole, axis=0)
+    fits = (left <= budget * whole_mass) & (my_largest <= largest_mass)
+    kept = tl.where(fits, 0, 1)
+    if RAGGED:  # so that the number of rows kept follows from the number of tiles
+        kept = tl.where(mine == T - 1, 1, kept)
+    # Never none: where nothing has any mass, the first.
+    kept = tl.where(mine == 0, tl.maximum(kept, tl.where(whole_mass == 0.0, 1, 0)), kept)
+    tl.store(kept_ptr + mine, kept, mask=mine < T)
+
+
+@triton.jit
+def far_gradient_kernel(
+    mass_ptr,
+    slope_ptr,
+    kept_ptr,
+    grad_ptr,
+    max_ptr,
+    log_sum_ptr,
+    out_ptr,
+    N,
+    V,
+    stride_out,
+    logit_scale,
+    z_loss,
+    uniform_weight,
+    TILE: tl.constexpr,
+    HAS_SLOPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out (T, N): sum over a tile of the gradient of its logits, without one-hots; 0 if kept."""
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    tile = tl.program_id(0) // blocks_n
+    rows = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    at = tile.to(tl.int64) * N + rows
+    mass = tl.load(mass_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + rows, mask=inside, other=0.0)
+    lse = tl.load(max_ptr + rows, mask=inside, other=0.0)
+    lse += tl.load(log_sum_ptr + rows, mask=inside, other=0.0)
+    if HAS_SLOPE:
+        slope = tl.load(slope_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    else:
+        slope = tl.minimum(V - tile * TILE, TILE).to(tl.float32)
+    g = mass * (1.0 + 2.0 * z_loss * lse) - uniform_weight * slope
+    g *= grad * logit_scale
+    kept = tl.load(kept_ptr + tile) != 0
+    g = tl.where(kept | (grad == 0.0), 0.0, g)
+    out = out_ptr + tile.to(tl.int64) * stride_out + rows
+    tl.store(out, g.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_target_rows_kernel(
+    out_ptr, weight_ptr, row_ptr, factor_ptr, D, stride_out, stride_weight, BLOCK_D: tl.constexpr
+):
+    """out[n] += factor[n] * weight[row[n]] where row[n] is not negative; out is (n, D) fp32."""
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.load(row_ptr + token)
+    if row >= 0:
+        factor = tl.load(factor_ptr + token)
+        for start in range(0, D, BLOCK_D):
+            cols = start + tl.arange(0, BLOCK_D)
+            inside = cols < D
+            value = tl.load(weight_ptr + row * stride_weight + cols, mask=inside, other=0.0)
+            out = out_ptr + token * stride_out + cols
+            total = tl.load(out, mask=inside, other=0.0) + factor * value.to(tl.float32)
+            tl.store(out, total, mask=inside)
+
+
+@triton.jit
+def far_rows_kernel(
+    far_ptr,
+    order_ptr,
+    kept_ptr,
+    is_target_ptr,
+    out_ptr,
+    V,
+    D,
+    stride_out,
+    ACCUMULATE: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[row] = or += the far field of its tile, (T, D) fp32; not where a row is a target."""
+    blocks_d = tl.cdiv(D, BLOCK_D)
+    block = tl.program_id(0) // blocks_d
+    tile = (block * BLOCK_V) // TILE
+    if tl.load(kept_ptr + tile) == 0:
+        places = block * BLOCK_V + tl.arange(0, BLOCK_V)
+        cols = (tl.program_id(0) % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+        rows = tl.load(order_ptr + places, mask=places < V, other=0)
+        count = tl.minimum(V - tile * TILE, TILE).to(tl.float32)
+        far = tl.load(far_ptr + tile.to(tl.int64) * D + cols, mask=cols < D, other=0.0) / count
+        other = (places < V) & (tl.load(is_target_ptr + rows) == 0)
+        mask = other[:, None] & (cols < D)[None, :]
+        out = out_ptr + rows[:, None] * stride_out + cols[None, :]
+        value = tl.broadcast_to(far[None, :], (BLOCK_V, BLOCK_D))
+        if ACCUMULATE:
+            value += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def target_rows_kernel(
+    far_ptr,
+    input_ptr,
+    row_ptr,
+    token_ptr,
+    tile_ptr,
+    factor_ptr,
+    out_ptr,
+    bias_ptr,
+    N,
+    V,
+    D,
+    stride_input,
+    stride_out,
+    ACCUMULATE: tl.constexpr,
+    HAS_OUT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[row] = or += the far field of its tile + sum of factor * input over the row's tokens.
+
+    row_ptr (N,) is sorted, -1 first, and token_ptr says whose row each entry is: the program of a
+    row's first entry does all of them, in order."""
+    blocks_d = tl.cdiv(D, BLOCK_D)
+    first = tl.program_id(0) // blocks_d
+    block_d = tl.program_id(0) % blocks_d
+    row = tl.load(row_ptr + first)
+    previous = tl.load(row_ptr + first - 1, mask=first > 0, other=-1)
+    if (row >= 0) & (row != previous):
+        cols = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = cols < D
+        total = tl.zeros((BLOCK_D,), dtype=tl.float32)
+        if HAS_OUT:
+            tile = tl.load(tile_ptr + tl.load(token_ptr + first))
+            count = tl.minimum(V - tile * TILE, TILE).to(tl.float32)
+            total += tl.load(far_ptr + tile * D + cols, mask=inside, other=0.0) / count
+        total_factor = 0.0
+        last = first
+        same = True
+        while same:
+            token = tl.load(token_ptr + last)
+            factor = tl.load(factor_ptr + token)
+            total_factor += factor
+            value = tl.load(input_ptr + token * stride_input + cols, mask=inside, other=0.0)
+            total += factor * value.to(tl.float32)
+            last += 1
+            same = tl.load(row_ptr + last, mask=last < N, other=-1) == row
+        if HAS_OUT:
+            out = out_ptr + row * stride_out + cols
+            if ACCUMULATE:
+                total += tl.load(out, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out, total.to(out_ptr.dtype.element_ty), mask=inside)
+        if HAS_BIAS:
+            if block_d == 0:
+                tl.store(bias_ptr + row, tl.load(bias_ptr + row) + total_factor)
+
+
+def tile_rows(like: Tensor) -> int:
+    """B, the vocabulary rows of a tile, for operands like this one."""
+    config, _ = tuning.config_for(like)
+    return config.block_v
+
+
+def gather_tiles(weight: Tensor, rows: Tensor, tile: int, means: Tensor) -> Tensor:
+    """weight[rows] (R, D), its rows aligned, and the mean of each `tile` of them into `means`.
+
+    Args:
+        weight: (V, D), last dim contiguous.
+        rows: (R,) int64.
+        tile: B.
+        means: (ceil(R / B), D) contiguous.
+    """
+    hidden = weight.shape[1]
+    step = 16 // weight.element_size()
+    made = weight.new_empty(len(rows), -(-hidden // step) * step)[:, :hidden]
+    block_d = 64
+    launch(
+        gather_tiles_kernel,
+        ceil_div(len(rows), tile) * ceil_div(hidden, block_d),
+        weight_ptr=weight,
+        order_ptr=rows,
+        gathered_ptr=made,
+        mean_ptr=means,
+        V=len(rows),
+        D=hidden,
+        stride_weight=weight.stride(0),
+        stride_gathered=made.stride(0),
+        TILE=tile,
+        BLOCK_D=block_d,
+        num_warps=8,
+    )
+    return made
+
+
+def sorted_statistics(
+    logits: LocalLogits, order: Tensor, target: Tensor, rows: StatRows, workspace_bytes: int
+) -> SortedStatistics:
+    """`forward.statistics` over the vocabulary in another order, with the tiles and their means.
+
+    Args:
+        logits: N tokens against all V local rows; fp16, bf16 or fp32.
+        order: (V,) int64 permutation of the local rows.
+        target: (N,) int64 `logits.first_id` plus the target's place in the order, or -1.
+        rows: optional statistics to compute.
+        workspace_bytes: cap on the tile statistics and the gathered rows together.
+    """
+    num_tokens, vocab, hidden = logits.shape
+    config, programs = tuning.config_for(logits.input)
+    tile, slopes = config.block_v, logits.logit_softcap is not None
+    num_tiles = ceil_div(vocab, tile)
+    tiles, merged = forward.empty_tiles(num_tiles, num_tokens, rows, logits.input, slopes=slopes)
+    means = logits.weight.new_empty(num_tiles, hidden)
+    step = rows_per_gather(
+        workspace_bytes - tiles.nbytes - means.nbytes,
+        hidden * logits.weight.element_size(),
+        tile,
+        vocab,
+        ceil_div(num_tokens, config.block_n),
+        programs,
+    )
+    for start in range(0, vocab, step):
+        ids = order[start : start + step]
+        t0, t1 = start // tile, ceil_div(start + len(ids), tile)
+        part = logits._replace(
+            weight=gather_tiles(logits.weight, ids, tile, means[t0:t1]),
+            bias=None if logits.bias is None else logits.bias.index_select(0, ids),
+            target=target,
+            first_id=logits.first_id + start,
+        )
+        forward.tile_statistics(part, rows, tiles[t0:t1], merged, ids=ids, slopes=slopes)
+        del part  # before the next rows are gathered
+    forward.merge_tiles(target, logits.first_id, vocab, rows, tiles, merged)
+    return SortedStatistics(merged, tiles, means)
+
+
+def tile_masses(
+    tiles: Tensor,
+    normaliser_2N: Tensor,
+    target_N: Tensor,
+    logits: LocalLogits,
+    *,
+    ignore_index: int,
+    budget: float,
+    slopes: bool,
+) -> TileMasses:
+    """Each tile's share of each token's softmax, and which tiles to keep.
+
+    Args:
+        tiles: (T, tile rows, N) of `sorted_statistics`.
+        normaliser_2N: (2, N) maximum and log of the sum over the global vocabulary.
+        target_N: (N,) int64 targets.
+        logits: what the tiles were made of.
+        ignore_index: target of a token that does not count.
+        budget: as in GradFilter.far_field.
+        slopes: also keep the sums of the cap's derivative.
+    """
+    num_tiles, per_tile, num_tokens = tiles.shape
+    vocab, capped = logits.weight.shape[0], logits.logit_softcap is not None
+    made = torch.empty
+    device, dtype = tiles.device, mass_dtype(logits.input.dtype)
+    mass = made((num_tiles, num_tokens), dtype=dtype, device=device)
+    slope = made((num_tiles if slopes else 0, num_tokens), dtype=dtype, device=device)
+    totals = made((2, num_tiles), dtype=torch.float32, device=device)
+    kept = made(num_tiles, dtype=torch.int32, device=device)
+    launch(
+        tile_mass_kernel,
+        num_tiles,
+        tiles_ptr=tiles,
+        normaliser_ptr=normaliser_2N,
+        target_ptr=target_N,
+        mass_ptr=mass,
+        slope_ptr=slope,
+        totals_ptr=totals,
+        N=num_tokens,
+        T=num_tiles,
+        ignore_index=ignore_index,
+        ROWS=per_tile,
+        WEIGHTED_ROW=per_tile - 2 if capped else 1,
+        SLOPE=slopes,
+        BLOCK_N=_BLOCK_N,
+        num_warps=8,
+    )
+    launch(
+        select_tiles_kernel,
+        ceil_div(num_tiles, _BLOCK_T),
+        totals_ptr=totals,
+        kept_ptr=kept,
+        T=num_tiles,
+        budget=float(budget),
+        largest_mass=LARGEST_FAR_MASS,
+        RAGGED=vocab % tile_rows(logits.input) != 0,
+        BLOCK_T=_BLOCK_T,
+        num_warps=8,
+    )
+    return TileMasses(mass, slope, totals[1], kept)
+
+
+def far_gradient(
+    masses: TileMasses, upstream: LogitGradient, logits: LocalLogits, dtype: torch.dtype
+) -> Tensor:
+    """(T, N) gradient of the logits summed over each tile, one-hots left out; 0 for kept tiles."""
+    num_tiles, num_tokens = masses.mass.shape
+    padded = ceil_div(num_tokens, 16) * 16
+    out = torch.empty((num_tiles, padded), dtype=dtype, device=masses.mass.device)[:, :num_tokens]
+    launch(
+        far_gradient_kernel,
+        num_tiles * ceil_div(num_tokens, _BLOCK_N),
+        mass_ptr=masses.mass,
+        slope_ptr=masses.slope,
+        kept_ptr=masses.kept,
+        grad_ptr=upstream.grad,
+        max_ptr=upstream.max_logit,
+        log_sum_ptr=upstream.log_sum,
+        out_ptr=out,
+        N=num_tokens,
+        V=logits.weight.shape[0],
+        stride_out=out.stride(0),
+        logit_scale=float(logits.logit_scale),
+        z_loss=float(upstream.z_loss),
+        uniform_weight=float(upstream.uniform_weight),
+        TILE=tile_rows(logits.input),
+        HAS_SLOPE=masses.slope.shape[0] > 0,
+        BLOCK_N=_BLOCK_N,
+        num_warps=4,
+    )
+    return out
+
+
+def add_target_rows(out: Tensor, weight: Tensor, rows: Tensor, factors: Tensor) -> None:
+    """out[n] += factors[n] * weight[rows[n]] where rows[n] is not negative.
+
+    Args:
+        out: (n, D) fp32.
+        weight: (V, D).
+        rows: (n,) int64.
+        factors: (n,) fp32.
+    """
+    launch(
+        add_target_rows_kernel,
+        out.shape[0],
+        out_ptr=out,
+        weight_ptr=weight,
+        row_ptr=rows,
+        factor_ptr=factors,
+        D=out.shape[1],
+        stride_out=out.stride(0),
+        stride_weight=weight.stride(0),
+        BLOCK_D=1024,
+        num_warps=4,
+    )
+
+
+def write_far_rows(
+    far: FarGradient, input: Tensor, out: Tensor | None, bias: Tensor | None, *, accumulate: bool
+) -> None:
+    """Rows of dC, and of the bias gradient, that are not in a kept tile.
+
+    Args:
+        far: the far field's part of the gradients.
+        input: (N, D) hidden states.
+        out: (V, D) dC, or None; overwritten, or added to with `accumulate`.
+        bias: (V,) fp32, added to: the targets' part; or None.
+    """
+    vocab, hidden = far.order.shape[0], input.shape[1]
+    block_v, block_d = min(32, far.tile), 256
+    common = {"V": vocab, "D": hidden, "ACCUMULATE": accumulate, "TILE": far.tile}
+    if out is not None:
+        launch(
+            far_rows_kernel,
+            ceil_div(vocab, block_v) * ceil_div(hidden, block_d),
+            far_ptr=far.weight,
+            order_ptr=far.order,
+            kept_ptr=far.kept,
+            is_target_ptr=far.is_target,
+            out_ptr=out,
+            stride_out=out.stride(0),
+            BLOCK_V=block_v,
+            BLOCK_D=block_d,
+            num_warps=4,
+            **common,
+        )
+    target_block = min(1024, triton.next_power_of_2(hidden))
+    launch(
+        target_rows_kernel,
+        input.shape[0] * ceil_div(hidden, target_block),
+        far_ptr=far.weight,
+        input_ptr=input,
+        row_ptr=far.sorted_rows,
+        token_ptr=far.sorted_tokens,
+        tile_ptr=far.tile_of_target,
+        factor_ptr=far.factors,
+        out_ptr=out,
+        bias_ptr=bias,
+        N=input.shape[0],
+        stride_input=input.stride(0),
+        stride_out=0 if out is None else out.stride(0),
+        HAS_OUT=out is not None,
+        HAS_BIAS=bias is not None,
+        BLOCK_D=target_block,
+        num_warps=4,
+        **common,
+    )

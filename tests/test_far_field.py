@@ -1,0 +1,389 @@
+"""GradFilter.far_field: what it approximates, within which bound, and what stays exact.
+
+Legend: N tokens, V vocabulary rows, D hidden size, T tiles of the sorted vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import cce_tp
+from cce_tp.backend import backend
+from oracle import Operands, Outcome, dense, dense_logits
+from problems import Problem, call, even_bounds, join_shards, restrict, same_bits, solve
+from ranks import Rank, RankPool
+from sharding_cases import check_sharded, shard_of, solve_sharded
+from tolerance import check_outcome, relative_error
+from variants import DEVICE, IMPLS, MAIN_IMPL_DTYPES
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {"reduction": "none"},
+    "smoothing": {"reduction": "none", "label_smoothing": 0.1, "z_loss": 1e-3},
+    "softcap": {"reduction": "none", "logit_softcap": 9.0, "logit_scale": 1.3},
+    "everything": {
+        "reduction": "none",
+        "label_smoothing": 0.1,
+        "z_loss": 1e-3,
+        "logit_scale": 1.3,
+        "logit_softcap": 9.0,
+    },
+}
+# Of all probability; the kept tiles of `trained` hold all but a few per cent.
+BUDGET = 0.05
+
+
+def far(budget: float = BUDGET) -> dict[str, Any]:
+    return {"grad_filter": cce_tp.GradFilter.far_field(budget)}
+
+
+def trained(
+    impl: str,
+    *,
+    seed: int = 0,
+    tokens: int = 130,
+    dtype: torch.dtype = torch.float32,
+    device: str = DEVICE,
+) -> Operands:
+    """A few frequent rows, many rare ones; some targets among the rare."""
+    vocab = 1111 if impl == "torch" else 300
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    hidden = 24
+    direction = normal(hidden)
+    direction /= direction.norm()
+    level = torch.linspace(4.0, -6.0, vocab)[torch.randperm(vocab, generator=random)]
+    weight = 0.1 * normal(vocab, hidden) + 0.5 * level[:, None] * direction
+    input = 0.3 * normal(tokens, hidden) + 3 * direction
+    probabilities = (input @ weight.t()).softmax(dim=1)
+    target = torch.multinomial(probabilities, 1, generator=random)[:, 0]
+    target[::5] = torch.randint(0, vocab, (len(target[::5]),), generator=random)
+    target[3::9] = -100
+    return Operands(
+        input=input.to(device, dtype),
+        weight=weight.to(device, dtype),
+        bias=(0.1 * normal(vocab)).to(device, dtype),
+        target=target.to(device),
+        upstream=normal(tokens).to(device),
+    )
+
+
+def bound(
+    operands: Operands, options: dict[str, Any], tile: int, rows: slice = slice(None)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Largest error of each element of (dE, dC, dbias) if every tile that may be left is left.
+
+    Within a tile the gradients of the logits sum to what the far field keeps, so that dE errs by
+    sum (g - mean g) (c - mean c), and dC by sum (g - mean g) e (docs/far-field.md). `rows` is the
+    shard whose order and tiles are meant."""
+    input = operands.input.double()
+    weight, bias = operands.weight.double(), operands.bias.double()
+    x = dense_logits(input, weight, bias, options)
+    softcap, scale = options.get("logit_softcap"), abs(options.get("logit_scale", 1.0))
+    lse = torch.logsumexp(x, dim=1, keepdim=True)
+    prob = x.softmax(dim=1)
+    grad = prob * (1 + 2 * options.get("z_loss", 0.0) * lse)
+    grad = grad - options.get("label_smoothing", 0.0) / x.shape[1]
+    if softcap is not None:
+        grad = grad * (1 - (x / softcap) ** 2)
+    counted = operands.target != -100
+    grad = grad * (operands.upstream.double() * scale * counted)[:, None]
+    weight, bias, grad, prob = weight[rows], bias[rows], grad[:, rows], prob[:, rows]
+    order = (input.mean(dim=0) @ weight.t() + bias).argsort(descending=True, stable=True)
+    errors = [torch.zeros_like(each) for each in (input, weight, bias)]
+    for start in range(0, len(order), tile):
+        ids = order[start : start + tile]
+        if prob[counted][:, ids].sum(dim=1).max() > 2.0**-6 * 1.001:
+            continue  # certainly kept
+        off = (grad[:, ids] - grad[:, ids].mean(dim=1, keepdim=True)).abs()
+        errors[0] += off @ (weight[ids] - weight[ids].mean(dim=0)).abs()
+        errors[1][ids] = off.t() @ input.abs()
+        errors[2][ids] = off.sum(dim=0)
+    return errors[0], errors[1], errors[2]
+
+
+def check_within(outcome: Outcome, expected: Outcome, bounds: tuple[Tensor, ...]) -> None:
+    """Every element within its bound plus rounding; the loss exact; something is left out."""
+    for name, allowed in zip(("input", "weight", "bias"), bounds, strict=True):
+        got, wanted = getattr(outcome, f"grad_{name}"), getattr(expected, f"grad_{name}")
+        rounding = 2e-5 * getattr(expected, f"magnitude_{name}") + 1e-7
+        excess = ((got.double() - wanted).abs() - allowed - rounding).max().item()
+        assert excess <= 0, f"{name}: {excess:.2e} over the bound"
+    plain = replace(outcome, grad_input=None, grad_weight=None, grad_bias=None)
+    check_outcome(plain, expected, torch.float32)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_errors_are_within_the_derived_bound(impl: str, name: str, seed: int) -> None:
+    operands = trained(impl, seed=seed)
+    options = OPTIONS[name]
+    outcome, stats = call_with_stats(operands, {**options, **far(), "impl": impl})
+    expected = dense(operands, options)
+    tile = backend(impl).tile_rows(operands.input)
+    check_within(outcome, expected, bound(operands, options, tile))
+    assert stats.tiles_kept is not None and stats.far_mass is not None
+    assert float(stats.tiles_kept) < 0.9 and 0 < float(stats.far_mass) <= BUDGET
+    # The bound is of use: what was left out is small beside the whole.
+    if name in ("plain", "softcap"):
+        assert relative_error(outcome.grad_input, expected.grad_input) < BUDGET
+        assert relative_error(outcome.grad_weight, expected.grad_weight) < BUDGET
+
+
+def call_with_stats(
+    operands: Operands, options: dict[str, Any]
+) -> tuple[Outcome, cce_tp.LossStats]:
+    """The gradients, and the statistics that only the far field has."""
+    outcome = call(operands, options)
+    with torch.no_grad():
+        _, stats = cce_tp.linear_cross_entropy(
+            operands.input,
+            operands.weight,
+            operands.target,
+            linear_bias=operands.bias,
+            **{**options, "return_stats": True},
+        )
+    return outcome, stats
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_dropping_the_far_field_would_show(impl: str) -> None:
+    """The bound is below what leaving the same tiles out would do to dE."""
+    operands, options = trained(impl), OPTIONS["plain"]
+    expected = dense(operands, options)
+    outcome = call(operands, {**options, **far(), "impl": impl})
+    dropped = call(
+        operands, {**options, "impl": impl, "grad_filter": cce_tp.GradFilter.paper(0.01)}
+    )
+    error = relative_error(outcome.grad_input, expected.grad_input)
+    assert error < 0.5 * relative_error(dropped.grad_input, expected.grad_input)
+
+
+@pytest.mark.parametrize(("impl", "dtype"), MAIN_IMPL_DTYPES)
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_a_budget_of_zero_is_exact(impl: str, dtype: torch.dtype, name: str) -> None:
+    problem = Problem(impl=impl, dtype=dtype, bias=True, options=OPTIONS[name])
+    operands = problem.build(DEVICE)
+    outcome = call(operands, {**OPTIONS[name], **far(0.0), "return_stats": True, "impl": impl})
+    native = dense(operands, OPTIONS[name], dtype=dtype) if dtype != torch.float32 else None
+    check_outcome(outcome, dense(operands, OPTIONS[name]), dtype, native=native)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("statistics", [True, "entropy"])
+def test_statistics_over_the_sorted_vocabulary(impl: str, statistics: Any) -> None:
+    """The same as over the unsorted one; of equal logits the lowest id is the largest."""
+    operands = trained(impl)
+    operands = replace(operands, weight=operands.weight.clone(), bias=None)
+    twins = torch.topk(operands.weight @ operands.input.mean(dim=0), 2).indices
+    operands.weight[twins[0]] = operands.weight[twins[1]]
+    options = {
+        "reduction": "none",
+        "label_smoothing": 0.1,
+        "return_stats": statistics,
+        "impl": impl,
+    }
+    plain = call(operands, options)
+    ordered = call(operands, {**options, **far()})
+    assert plain.argmax is not None and ordered.argmax is not None
+    assert torch.equal(plain.argmax, ordered.argmax)
+    for name in ("loss", "lse", "target_logit", "max_logit", "entropy"):
+        got, wanted = getattr(ordered, name), getattr(plain, name)
+        assert (got is None) == (wanted is None)
+        if wanted is not None:
+            assert relative_error(got, wanted) < 1e-5, name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_smaller_budget_keeps_more_and_errs_less(impl: str) -> None:
+    operands, options = trained(impl), OPTIONS["plain"]
+    expected = dense(operands, options)
+    shares, errors = [], []
+    for budget in (0.2, 1e-4, 0.0):
+        outcome, stats = call_with_stats(operands, {**options, **far(budget), "impl": impl})
+        assert stats.tiles_kept is not None and stats.far_mass is not None
+        assert float(stats.far_mass) <= budget
+        shares.append(float(stats.tiles_kept))
+        errors.append(relative_error(outcome.grad_weight, expected.grad_weight))
+    assert shares[0] < shares[1] <= shares[2] and errors[0] > errors[1] >= errors[2]
+    assert errors[2] < 5e-5
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_targets_outside_the_kept_tiles_are_exact(impl: str) -> None:
+    """Half of the tokens share one unlikely target: its row of dC is theirs, to rounding."""
+    operands, options = trained(impl), OPTIONS["plain"]
+    rare = int((operands.weight @ operands.input.mean(dim=0)).argsort()[40])
+    operands.target[::2] = rare
+    expected = dense(operands, options)
+    outcome, stats = call_with_stats(operands, {**options, **far(0.2), "impl": impl})
+    assert stats.tiles_kept is not None and float(stats.tiles_kept) < 0.9
+    tile = backend(impl).tile_rows(operands.input)
+    check_within(outcome, expected, bound(operands, options, tile))
+    assert outcome.grad_weight is not None and expected.grad_weight is not None
+    assert relative_error(outcome.grad_weight[rare], expected.grad_weight[rare]) < 1e-4
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("workspace", [None, 1 << 20], ids=["default", "1MiB"])
+@pytest.mark.parametrize("out_dtype", [None, torch.float32, torch.bfloat16], ids=str)
+def test_with_workspace_caps_and_grad_weight_out(
+    impl: str, workspace: int | None, out_dtype: torch.dtype | None
+) -> None:
+    operands = trained(impl)
+    options: dict[str, Any] = {**OPTIONS["everything"], **far(), "impl": impl}
+    plain = call(operands, options)
+    out = None
+    if out_dtype is not None:
+        out = torch.zeros_like(operands.weight, dtype=out_dtype)
+    outcome = call(operands, {**options, "workspace_bytes": workspace, "grad_weight_out": out})
+    assert relative_error(outcome.grad_input, plain.grad_input) < 1e-5
+    weight = outcome.grad_weight if out is None else out
+    assert (outcome.grad_weight is None) == (out is not None)
+    bar = 1e-5 if out_dtype != torch.bfloat16 else 4e-3
+    assert relative_error(weight, plain.grad_weight.double()) < bar
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_grad_weight_out_is_added_to(impl: str) -> None:
+    operands = trained(impl)
+    options: dict[str, Any] = {**OPTIONS["plain"], **far(), "impl": impl}
+    plain = call(operands, options)
+    before = torch.randn_like(operands.weight)
+    out = before.clone()
+    call(operands, {**options, "grad_weight_out": out})
+    assert plain.grad_weight is not None
+    assert relative_error(out, before + plain.grad_weight) < 1e-6
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True)], ids=str
+)
+def test_any_gradient_alone(impl: str, wanted: tuple[bool, bool, bool]) -> None:
+    operands = trained(impl)
+    options: dict[str, Any] = {**OPTIONS["softcap"], **far(), "impl": impl}
+    whole, part = call(operands, options), call(operands, options, requires_grad=wanted)
+    for name, wants in zip(("grad_input", "grad_weight", "grad_bias"), wanted, strict=True):
+        got = getattr(part, name)
+        assert (got is not None) == wants
+        if wants:
+            assert relative_error(got, getattr(whole, name)) < 1e-5
+
+
+@pytest.mark.no_poison
+@pytest.mark.parametrize("impl", IMPLS)
+def test_two_runs_give_equal_bits(impl: str) -> None:
+    operands = trained(impl)
+    runs = [call(operands, {**OPTIONS["everything"], **far(), "impl": impl}) for _ in range(2)]
+    for name in ("loss", "grad_input", "grad_weight", "grad_bias"):
+        assert same_bits(getattr(runs[0], name), getattr(runs[1], name)), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("tokens", [(0,), (9,)], ids=["no-tokens", "all-ignored"])
+def test_nothing_to_learn(impl: str, tokens: tuple[int, ...]) -> None:
+    problem = Problem(impl=impl, tokens=tokens, ignored=1.0, bias=True)
+    outcome = solve(problem, DEVICE, **far(), return_stats=True)
+    for name in ("input", "weight", "bias"):
+        assert bool((getattr(outcome, f"grad_{name}") == 0).all()), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("where", ["input", "weight", "target"])
+def test_what_is_not_finite_shows(impl: str, where: str) -> None:
+    """NaN mass is in no budget: everything is kept, and the exact pass spreads it."""
+    operands = trained(impl)
+    if where == "target":
+        operands.target[7] = 10**6
+    else:
+        getattr(operands, where)[7] = torch.inf
+    options = {**OPTIONS["plain"], "impl": impl}
+    got = call(operands, {**options, **far()})
+    exact = call(operands, options)
+    for name in ("loss", "grad_input", "grad_weight"):
+        expected = getattr(exact, name)
+        assert not bool(expected.isfinite().all())
+        assert torch.equal(getattr(got, name).isnan(), expected.isnan()), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_without_gradients_nothing_is_sorted(impl: str) -> None:
+    operands = trained(impl)
+    with torch.no_grad():
+        losses = [
+            cce_tp.linear_cross_entropy(
+                operands.input, operands.weight, operands.target, impl=impl, **more
+            )
+            for more in ({}, far())
+        ]
+    assert same_bits(losses[0], losses[1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_sharded_with_a_budget_of_zero(pool: RankPool, impl: str, ranks: int) -> None:
+    problem = Problem(impl=impl, bias=True, options=OPTIONS["everything"])
+    check_sharded(pool, problem, even_bounds(problem.vocab, ranks), **far(0.0))
+
+
+def far_shard(
+    rank: Rank, impl: str, bounds: list[tuple[int, int]], name: str
+) -> tuple[Outcome, cce_tp.LossStats]:
+    operands = restrict(trained(impl, device=rank.device), *bounds[rank.rank])
+    shard = shard_of(rank, bounds, bounds[-1][1])
+    options = {**OPTIONS[name], **far(), "impl": impl, "vocab_shard": shard}
+    return call_with_stats(operands, options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_sharded_errors_are_within_the_bound(pool: RankPool, impl: str, name: str) -> None:
+    """Order and tiles are local, masses global; an empty shard and one of one row take part."""
+    operands = trained(impl, device="cpu")
+    vocab = len(operands.weight)
+    bounds = [(0, vocab // 2), (vocab // 2, vocab // 2), (vocab // 2, vocab // 2 + 1)]
+    bounds.append((vocab // 2 + 1, vocab))
+    answers = pool.run(far_shard, impl, bounds, name, ranks=4)
+    expected = dense(operands, OPTIONS[name])
+    tile = backend(impl).tile_rows(operands.input)
+    parts = [bound(operands, OPTIONS[name], tile, slice(*each)) for each in bounds]
+    whole = (sum(p[0] for p in parts), torch.cat([p[1] for p in parts]))
+    joined = join_shards([outcome for outcome, _ in answers], bounds)
+    check_within(joined, expected, (*whole, torch.cat([p[2] for p in parts])))
+    first = answers[0][1]
+    assert first.tiles_kept is not None and first.far_mass is not None
+    assert 0 < float(first.far_mass) <= BUDGET and float(first.tiles_kept) < 1
+    for _, stats in answers[1:]:
+        for got, wanted in zip(stats, first, strict=True):
+            assert got is None or same_bits(got, wanted)
+
+
+def test_sequence_parallel(pool: RankPool) -> None:
+    """The same bits as with the whole input on every rank."""
+    problem = Problem(tokens=(72,), vocab=700, bias=True, options=OPTIONS["plain"])
+    bounds = even_bounds(problem.vocab, 2)
+    whole = solve_sharded(pool, problem, bounds, **far(0.3))
+    local = pool.run(_sequence_parallel, problem, bounds, ranks=2)
+    gathered = torch.cat([outcome.grad_input for outcome in local])
+    assert whole[0].grad_input is not None
+    assert relative_error(gathered, whole[0].grad_input) < 1e-6
+    for got, wanted in zip(local, whole, strict=True):
+        assert same_bits(got.grad_weight, wanted.grad_weight)
+
+
+def _sequence_parallel(rank: Rank, problem: Problem, bounds: list[tuple[int, int]]) -> Outcome:
+    operands = restrict(problem.build(rank.device), *bounds[rank.rank])
+    share = problem.num_tokens // len(bounds)
+    mine = slice(rank.rank * share, (rank.rank + 1) * share)
+    shard = shard_of(rank, bounds, problem.vocab, sequence_parallel=True)
+    options = {**problem.options, **far(0.3), "impl": problem.impl, "vocab_shard": shard}
+    return call(replace(operands, input=operands.input[mine]), options)
