@@ -10,6 +10,8 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from megatron_harness import (
     assert_nothing,
@@ -86,6 +88,14 @@ def _spoilers() -> dict[str, Callable[[Any], None]]:
     def fsdp(model: Any) -> None:
         model.output_layer.weight.__fsdp_param__ = True
 
+    def fsdp2(model: Any) -> None:
+        mesh = init_device_mesh("cpu", (4,))
+        head = model.output_layer
+        head.weight = torch.nn.Parameter(distribute_tensor(head.weight.detach(), mesh, [Shard(0)]))
+
+    def distillation(model: Any) -> None:
+        model.config.logits_save_dir = "somewhere"
+
     def logit_dtype(model: Any) -> None:
         model.config.logit_dtype = torch.float64
 
@@ -93,6 +103,8 @@ def _spoilers() -> dict[str, Callable[[Any], None]]:
         "defer_embedding_wgrad_compute": defer,
         "gtp_remat": remat,
         "FSDP": fsdp,
+        "FSDP ": fsdp2,
+        "logits_save_dir": distillation,
         "TELMHead": other_layer,
         "logit_dtype": logit_dtype,
     }
@@ -111,7 +123,7 @@ def _refusals(rank: Any) -> list[str]:
                 install(chunks)
                 wrong.append(f"rank {rank.rank}: {option} is not refused")
             except ValueError as error:
-                if option.lower() not in str(error).lower():
+                if option.strip().lower() not in str(error).lower():
                     wrong.append(f"rank {rank.rank}: {option} is not named: {error}")
             if "forward" in chunks[0].output_layer.__dict__:
                 wrong.append(f"rank {rank.rank}: {option}: half installed")
@@ -155,6 +167,9 @@ def _life_cycle(rank: Any) -> list[str]:
         expect(not differences(step, stock, heads=3), "after two calls of install")
         # Process groups cannot be copied, with or without the fused loss.
         group = type(layer.tp_group)
+        for each in (build(case), model):
+            with pytest.raises(TypeError, match="ProcessGroup"):
+                copy.deepcopy(each)
         with mock.patch.dict(copy._deepcopy_dispatch, {group: lambda each, _: each}):  # type: ignore[attr-defined]
             twin = copy.deepcopy(model)
         with torch.no_grad():

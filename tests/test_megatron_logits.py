@@ -20,6 +20,7 @@ from megatron_harness import (
     install_cce,
     masked_mean,
     model_parallel,
+    needs_0_19,
     one_step,
     relative,
     run_ranks,
@@ -94,6 +95,36 @@ def test_without_labels_and_in_evaluation() -> None:
     """Check 11: real logits, bit-equal and differentiable; gathered for inference."""
     assert_nothing(run_ranks(_real_logits, grid(Case(), tied=[False, True])))
     assert_nothing(run_ranks(_real_logits, [Case(sequence_parallel=True)]))
+
+
+def _mixed(rank: Any) -> list[str]:
+    from megatron_integration import fused_count, materialized_count
+
+    wrong = []
+    with model_parallel(tp=2):
+        for case in grid(Case(mtp=2), tied=[False, True]):
+            batch, steps = batch_of(case), []
+            for fused in (False, True):
+                model = build(case)
+                if fused:
+                    install_cce(model)
+                logits = forward(model, batch, case, labels=False)
+                logits.square().mean().backward()
+                steps.append((logits.detach(), gradients(model)))
+            (want, theirs), (got, ours) = steps
+            found = [] if torch.equal(got, want) else ["logits differ"]
+            found += [f"gradient of {n}" for n in theirs if relative(ours[n], theirs[n]) > 5e-6]
+            counts = fused_count(model), materialized_count(model)
+            if counts != (2, 1):
+                found.append(f"{counts[0]} fused losses, logits made {counts[1]} times")
+            wrong += [f"rank {rank.rank}: {case.name}: {each}" for each in found]
+    return wrong
+
+
+@needs_0_19
+def test_main_logits_beside_fused_mtp() -> None:
+    """Check 11: without labels 0.19's MTP heads make up their own, and the main head has none."""
+    assert_nothing(run_ranks(_mixed))
 
 
 READERS: dict[str, Callable[[Any], Any]] = {

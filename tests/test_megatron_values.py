@@ -5,8 +5,11 @@ fp32 unless a test says otherwise: losses to 1e-5, gradients to 5e-6 of their no
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -28,6 +31,8 @@ from megatron_harness import (
 from megatron_models import MCORE, Case, batch_of, build, grid, transformer_config
 
 HYBRID_MTP = [0, 2] if MCORE >= (0, 19) else [0]
+# No size of it, on one rank or two, is a multiple of a tile.
+ODD = Case(vocab=262, hidden=72, seq=37, batch=3)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -48,9 +53,11 @@ def test_labels_and_shapes() -> None:
     # With nothing counted, the MTP loss of 0.16 is itself NaN.
     empty_mtp = [0, 2] if MCORE >= (0, 19) else [0]
     cases += grid(Case(targets="masked"), sequence_parallel=[False, True], mtp=empty_mtp)
-    odd = Case(vocab=262, hidden=72, seq=37, batch=3)
-    cases += [odd, replace(odd, batch=1), replace(odd, seq=38, sequence_parallel=True)]
-    cases += [replace(odd, hidden=360, tied=True), replace(odd, seq=1, batch=1)]
+    cases += [ODD, replace(ODD, batch=1), replace(ODD, seq=38, sequence_parallel=True)]
+    cases += [replace(ODD, seq=1, batch=1), replace(ODD, cce={"workspace_bytes": 2**20})]
+    thin = {"kv_channels": 8, "ffn_hidden_size": 64}
+    wide = replace(ODD, hidden=2880, vocab=1066, layers=1, config=thin)
+    cases += [wide, replace(wide, tied=True, seq=38, sequence_parallel=True)]
     assert_nothing(run_ranks(compare_cases, cases, {"tp": 2}))
 
 
@@ -165,6 +172,44 @@ def test_extreme_logits() -> None:
     assert_nothing(run_ranks(_extreme))
 
 
+def _with_kernels(rank: Any, cases: list[Case], layout: dict[str, int]) -> list[str]:
+    from megatron_integration import fused_head
+
+    kernels = functools.partial(fused_head.linear_cross_entropy, impl="triton")
+    with mock.patch.object(fused_head, "linear_cross_entropy", kernels):
+        return compare_cases(rank, cases, layout)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_megatron_gpu.py has the real kernels")
+def test_kernels() -> None:
+    """Checks 1, 2, 7, 20: the Triton kernels, which the CPU does not choose, in the interpreter."""
+    cases = grid(Case(vocab=512, tied=True), sequence_parallel=[False, True], mtp=[0, 2])
+    cases += [replace(ODD, targets="outside"), replace(ODD, seq=38, sequence_parallel=True)]
+    assert_nothing(run_ranks(_with_kernels, cases, {"tp": 2}))
+
+
+def _options(rank: Any) -> list[str]:
+    from cce_tp import GradFilter
+
+    wrong = []
+    with model_parallel(tp=2):
+        case = Case()
+        batch = batch_of(case)
+        want = one_step(build(case), batch, case)
+        for eps, kept in ((1e-30, True), (0.999, False)):
+            paper = replace(case, cce={"grad_filter": GradFilter.paper(eps)})
+            got = one_step(install_cce(build(paper), paper), batch, case)
+            error = relative(got.grads["output_layer.weight"], want.grads["output_layer.weight"])
+            if (error <= 5e-6) != kept or not torch.allclose(got.loss, want.loss, atol=1e-5):
+                wrong.append(f"rank {rank.rank}: eps {eps}: the gradient differs by {error:.2e}")
+    return wrong
+
+
+def test_filter_reaches_the_loss() -> None:
+    """A threshold under every gradient changes nothing; one above nearly all of them does."""
+    assert_nothing(run_ranks(_options))
+
+
 def _half_precision(rank: Any, cases: list[Case]) -> list[str]:
     """Both beside fp32 of the same weights: fused at most 1.5 times as far away as stock."""
     wrong = []
@@ -184,7 +229,9 @@ def _half_precision(rank: Any, cases: list[Case]) -> list[str]:
                 found.append(f"loss is {error:.2e} from fp32")
             for name, want in exact.grads.items():
                 ours, theirs = (relative(step.grads[name], want) for step in (fused, stock))
-                if not ours <= max(1.5 * theirs, 5e-3):
+                # Without a loss scale stock's own fp16 is up to 4e-2 away.
+                most = 2e-2 if case.dtype == torch.bfloat16 else math.inf
+                if not ours <= min(max(1.5 * theirs, 5e-3), most):
                     found.append(f"gradient of {name}: {ours:.2e} from fp32, stock {theirs:.2e}")
             if fused.loss.dtype != torch.float32 or fused.materialized:
                 found.append(f"{fused.loss.dtype}, {fused.materialized} times real logits")
@@ -193,8 +240,10 @@ def _half_precision(rank: Any, cases: list[Case]) -> list[str]:
 
 
 def test_half_precision() -> None:
-    """Check 2: bf16 and fp16 are as close to fp32 as stock is."""
-    cases = grid(Case(), dtype=[torch.bfloat16, torch.float16], tied=[False, True], mtp=[0, 2])
+    """Check 2: bf16 and fp16 are as close to fp32 as stock is, bf16 within 2e-2."""
+    half = [torch.bfloat16, torch.float16]
+    cases = grid(Case(), dtype=half, tied=[False, True], mtp=[0, 2])
+    cases += grid(Case(tied=True, sequence_parallel=True), dtype=half)
     assert_nothing(run_ranks(_half_precision, cases))
 
 
