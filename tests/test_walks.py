@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 
-from cce_tp import backward, workspace
+from cce_tp import backward, sharding, workspace
 from cce_tp.workspace import BackwardSizes, StripWalk, TokenWalk, Walk, WholeWalk, plan_backward
 from problems import Problem, call, check, same_bits
 from variants import DEVICE, IMPL_DTYPES
@@ -85,6 +85,39 @@ def test_walks_that_add_to_a_given_tensor(name: str, impl: str, dtype: torch.dty
     torch.testing.assert_close(
         outcome.grad_input, wanted.grad_input, rtol=tolerance, atol=tolerance * scale
     )
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_sum_over_ranks_starts_when_input_gradient_is_complete(name: str) -> None:
+    """Then, and not later: what follows writes dC alone, and dE is as it stays."""
+    dtype = torch.bfloat16 if "borrow" in name else torch.float32
+    problem = Problem(impl="torch", dtype=dtype, tokens=(75,), vocab=703, hidden=200)
+    events: list[str] = []
+    complete: list[torch.Tensor] = []
+    product = backward.add_product
+
+    def add_product(out: Any, a: Any, b: Any, **more: Any) -> None:
+        events.append("dC" if a.stride(1) == 1 else "dE")  # G^T as it is stored, or its transpose
+        product(out, a, b, **more)
+
+    def start(reduction: Any) -> None:
+        events.append("start")
+        complete.append(reduction._partial.clone())
+
+    with (
+        mock.patch.object(backward, "plan_backward", lambda *_: WALKS[name]),
+        mock.patch.object(backward, "add_product", add_product),
+        mock.patch.object(sharding.InputGradReduction, "start", start),
+    ):
+        outcome = call(problem.build(DEVICE), {"impl": "torch"})
+    assert events.count("start") == 1
+    before, after = events[: events.index("start")], events[events.index("start") + 1 :]
+    assert "dE" not in after
+    assert before[-1] == "dE"
+    if name in ("whole", "whole-in-chunks", "two-passes", "two-passes-cut"):
+        assert "dC" not in before
+    assert "dC" in after
+    assert same_bits(complete[0].view_as(outcome.grad_input), outcome.grad_input)
 
 
 def test_lent_strips_leave_room_for_their_gradient() -> None:
