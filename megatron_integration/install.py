@@ -143,6 +143,8 @@ def _refuse(owner: Any) -> None:
         )
     if getattr(config, "defer_embedding_wgrad_compute", False):
         refuse("defer_embedding_wgrad_compute", True, "it keeps the logits' gradient")
+    if getattr(config, "cross_entropy_loss_fusion", False):
+        refuse("cross_entropy_loss_fusion", True, "each replaces the loss of the output layer")
     remat = max(getattr(layer, "gtp_remat_size", 1) or 1, getattr(config, "gtp_remat_size", 1) or 1)
     if remat > 1:
         refuse("gtp_remat_size", remat, "the output weight is not whole on its rank")

@@ -96,6 +96,9 @@ def _spoilers() -> dict[str, Callable[[Any], None]]:
     def distillation(model: Any) -> None:
         model.config.logits_save_dir = "somewhere"
 
+    def another_fusion(model: Any) -> None:
+        model.config.cross_entropy_loss_fusion = True
+
     def logit_dtype(model: Any) -> None:
         model.config.logit_dtype = torch.float64
 
@@ -105,6 +108,7 @@ def _spoilers() -> dict[str, Callable[[Any], None]]:
         "FSDP": fsdp,
         "FSDP ": fsdp2,
         "logits_save_dir": distillation,
+        "cross_entropy_loss_fusion": another_fusion,
         "TELMHead": other_layer,
         "logit_dtype": logit_dtype,
     }
