@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -243,16 +244,53 @@ def differences(
     return wrong
 
 
-def compare_cases(rank: Any, cases: list[Case], layout: dict[str, int]) -> list[str]:
+def compare_cases(
+    rank: Any,
+    cases: list[Case],
+    layout: dict[str, int],
+    device: str = "cpu",
+    grad_rtol: float = 5e-6,
+) -> list[str]:
     """Stock beside CCE, one forward and backward each; the differences of this rank."""
     wrong: list[str] = []
     with model_parallel(**layout):
         for case in share(cases):
-            batch = batch_of(case)
-            want = one_step(build(case), batch, case)
-            got = one_step(install_cce(build(case), case), batch, case)
+            batch = batch_of(case).to(device)
+            want = one_step(build(case).to(device), batch, case)
+            got = one_step(install_cce(build(case).to(device), case), batch, case)
             mask = batch.mask if case.targets == "outside" else None
-            found = differences(got, want, heads=1 + case.mtp, mask=mask)
+            found = differences(got, want, grad_rtol=grad_rtol, heads=1 + case.mtp, mask=mask)
+            wrong += [f"rank {rank.rank}: {case.name}: {each}" for each in found]
+    return wrong
+
+
+def compare_half_precision(
+    rank: Any, cases: list[Case], layout: dict[str, int], device: str = "cpu"
+) -> list[str]:
+    """Both beside fp32 of the same weights: fused at most 1.5 times as far away as stock."""
+    wrong = []
+    with model_parallel(**layout):
+        for case in share(cases):
+            batch = batch_of(case).to(device)
+            model = build(case).to(device)
+            exact_model = build(replace(case, dtype=torch.float32)).to(device)
+            weights = {name: p.detach().float() for name, p in model.named_parameters()}
+            exact_model.load_state_dict(weights, strict=False)
+            stock = one_step(model, batch, case)
+            fused = one_step(install_cce(build(case).to(device), case), batch, case)
+            exact = one_step(exact_model, batch, case)
+            found = []
+            error = (fused.loss - exact.loss).abs().max().item()
+            if not error <= 1.5 * (stock.loss - exact.loss).abs().max().item() + 1e-3:
+                found.append(f"loss is {error:.2e} from fp32")
+            for name, want in exact.grads.items():
+                ours, theirs = (relative(step.grads[name], want) for step in (fused, stock))
+                # Without a loss scale stock's own fp16 is up to 4e-2 away.
+                most = 2e-2 if case.dtype == torch.bfloat16 else math.inf
+                if not ours <= min(max(1.5 * theirs, 5e-3), most):
+                    found.append(f"gradient of {name}: {ours:.2e} from fp32, stock {theirs:.2e}")
+            if fused.loss.dtype != torch.float32 or fused.materialized:
+                found.append(f"{fused.loss.dtype}, {fused.materialized} times real logits")
             wrong += [f"rank {rank.rank}: {case.name}: {each}" for each in found]
     return wrong
 

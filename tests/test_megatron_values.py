@@ -6,7 +6,6 @@ fp32 unless a test says otherwise: losses to 1e-5, gradients to 5e-6 of their no
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -17,6 +16,7 @@ import torch
 from megatron_harness import (
     assert_nothing,
     compare_cases,
+    compare_half_precision,
     differences,
     forward,
     install_cce,
@@ -210,41 +210,12 @@ def test_filter_reaches_the_loss() -> None:
     assert_nothing(run_ranks(_options))
 
 
-def _half_precision(rank: Any, cases: list[Case]) -> list[str]:
-    """Both beside fp32 of the same weights: fused at most 1.5 times as far away as stock."""
-    wrong = []
-    with model_parallel(tp=2):
-        for case in share(cases):
-            batch = batch_of(case)
-            model = build(case)
-            exact_model = build(replace(case, dtype=torch.float32))
-            weights = {name: p.detach().float() for name, p in model.named_parameters()}
-            exact_model.load_state_dict(weights, strict=False)
-            stock = one_step(model, batch, case)
-            fused = one_step(install_cce(build(case)), batch, case)
-            exact = one_step(exact_model, batch, case)
-            found = []
-            error = (fused.loss - exact.loss).abs().max().item()
-            if not error <= 1.5 * (stock.loss - exact.loss).abs().max().item() + 1e-3:
-                found.append(f"loss is {error:.2e} from fp32")
-            for name, want in exact.grads.items():
-                ours, theirs = (relative(step.grads[name], want) for step in (fused, stock))
-                # Without a loss scale stock's own fp16 is up to 4e-2 away.
-                most = 2e-2 if case.dtype == torch.bfloat16 else math.inf
-                if not ours <= min(max(1.5 * theirs, 5e-3), most):
-                    found.append(f"gradient of {name}: {ours:.2e} from fp32, stock {theirs:.2e}")
-            if fused.loss.dtype != torch.float32 or fused.materialized:
-                found.append(f"{fused.loss.dtype}, {fused.materialized} times real logits")
-            wrong += [f"rank {rank.rank}: {case.name}: {each}" for each in found]
-    return wrong
-
-
 def test_half_precision() -> None:
     """Check 2: bf16 and fp16 are as close to fp32 as stock is, bf16 within 2e-2."""
     half = [torch.bfloat16, torch.float16]
     cases = grid(Case(), dtype=half, tied=[False, True], mtp=[0, 2])
     cases += grid(Case(tied=True, sequence_parallel=True), dtype=half)
-    assert_nothing(run_ranks(_half_precision, cases))
+    assert_nothing(run_ranks(compare_half_precision, cases, {"tp": 2}))
 
 
 def _deterministic(rank: Any, cases: list[Case]) -> list[str]:
