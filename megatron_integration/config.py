@@ -19,7 +19,8 @@ class CceConfig:
     Attributes:
         grad_filter: GradFilter.exact() (default) or GradFilter.paper().
         workspace_bytes: cap on temporaries of one head, in bytes, at least 1 MiB; None: 5% of
-            the global logits in bf16, at least 16 MiB.
+            the global logits in bf16, or if more, half of the hidden states in bf16 within 16 to
+            64 MiB.
         strict: materialising the logits of a head in training mode is a RuntimeError instead of
             one warning.
         capture_dir: folder where one micro batch is saved for `launch.benchmark run --snapshot`;
@@ -138,7 +139,7 @@ def add_cce_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         type=float,
         default=None,
         metavar="MIB",
-        help="cap on temporaries of one head, in MiB (default: 5%% of the bf16 logits)",
+        help="cap on temporaries of one head, in MiB (default: about 5%% of the bf16 logits)",
     )
     group.add_argument(
         "--cce-strict",

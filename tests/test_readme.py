@@ -1,4 +1,7 @@
-"""The README's Python snippets run as they stand: on one rank, and on all four where they shard."""
+"""The README's Python snippets run as they stand: on one rank, and on all four where they shard.
+
+And the tests that docs/megatron.md names are there.
+"""
 
 from __future__ import annotations
 
@@ -43,3 +46,22 @@ def test_snippets_are_short() -> None:
     for snippet in SNIPPETS:
         lines = [line for line in snippet.splitlines() if line.strip()]
         assert len(lines) <= 12, f"{len(lines)} lines:\n{snippet}"
+
+
+def test_every_acceptance_check_names_tests_that_exist() -> None:
+    text = (README.parent / "docs" / "megatron.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+ .*?) \| (.*?) \|", text.split("## Acceptance checks")[1], re.M)
+    numbers = [int(number) for name, _ in rows for number in re.findall(r"(?:^|; )(\d+) ", name)]
+    assert numbers == list(range(1, 37))
+    for name, tests in rows:
+        file = None
+        for word in re.findall(r"`([^` ]+)", tests):
+            if word.startswith("tests/"):
+                assert (README.parent / word).exists(), (name, word)
+                continue
+            short, _, function = word.rpartition("::")
+            if short:
+                file = README.parent / "tests" / f"test_megatron_{short}.py"
+            elif not word.startswith("test_"):
+                continue  # an option
+            assert file is not None and f"def {function}(" in file.read_text(), (name, word)
