@@ -103,7 +103,7 @@ def _main_grad(rank: Any) -> list[str]:
                 # Rounding of the hidden states' gradient scatters what comes below the head.
                 limit = 1.1 if name == head else 2.0
                 if name == head and wide and not fusion:
-                    limit = 1.0  # stock rounds each microbatch's to bf16
+                    limit = 0.97  # stock rounds each microbatch's to bf16
                 if not ours <= max(limit * theirs, 0 if name == head else 2e-3):
                     found.append(f"{name} is {ours:.2e} from fp32, stock {theirs:.2e}")
             apart = relative(fused["grads"][head], stock["grads"][head])
