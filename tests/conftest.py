@@ -49,7 +49,7 @@ def _one_thread_per_core() -> None:
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[ranks.RankPool]:
-    """Worker processes for 1 to 4 ranks, started when first used."""
+    """Worker processes for 1 to 4 ranks (up to 8 over NCCL), started when first used."""
     pool = ranks.RankPool(device=ranks.default_device())
     yield pool
     pool.close()

@@ -5,6 +5,9 @@
 Function and arguments travel by pickle. gloo, over a file rendezvous: no ports. A rank that hangs
 costs the call its time limit; the pool is then killed and started anew by the next call, so that
 one failure does not become many.
+
+With CCE_TP_TEST_BACKEND=nccl in the environment the ranks talk over NCCL, each with a GPU of its
+own; what needs more ranks than there are GPUs is skipped.
 """
 
 from __future__ import annotations
@@ -28,20 +31,31 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-WORKERS = 4
-# Group name -> worker ids in the order of their group ranks. All but "world" leave workers out or
-# are in an order that is not that of the ids (where torch allows it).
-GROUPS: dict[str, tuple[int, ...]] = {
-    "1": (2,),
-    "2": (3, 1),
-    "3": (1, 3, 2),
-    "4": (2, 0, 3, 1),
-    "world": (0, 1, 2, 3),
-}
+BACKEND = os.environ.get("CCE_TP_TEST_BACKEND", "gloo")
+assert BACKEND in ("gloo", "nccl"), f"CCE_TP_TEST_BACKEND: expected gloo or nccl, got {BACKEND!r}"
+WORKERS = min(8, torch.cuda.device_count()) if BACKEND == "nccl" else 4
+assert WORKERS > 1, f"CCE_TP_TEST_BACKEND=nccl: expected two GPUs or more, got {WORKERS}"
+
+
+def _groups() -> dict[str, tuple[int, ...]]:
+    """Group name -> worker ids in the order of their group ranks.
+
+    All but "world" leave workers out or are in an order that is not that of the ids (where torch
+    allows it).
+    """
+    last = {size: tuple(range(WORKERS - size, WORKERS)) for size in range(1, WORKERS + 1)}
+    rotated = {str(size): (*ids[1:], ids[0]) for size, ids in last.items()}
+    return {**rotated, "world": tuple(range(WORKERS))}
+
+
+GROUPS = _groups()
+# Sizes of groups to test; those that there are too few GPUs for are skipped.
+COUNTS = (1, 2, 3, 4, 8) if WORKERS > 4 else (1, 2, 3, 4)
 DEFAULT_TIMEOUT_S = 60.0
 _START_TIMEOUT_S = 180.0
 # How long the other ranks may still take once one rank has failed.
@@ -54,14 +68,14 @@ class RankError(RuntimeError):
 
 
 def default_device() -> str:
-    """All ranks share one GPU where there is one (gloo reduces CUDA tensors)."""
+    """Over gloo all ranks share one GPU where there is one (gloo reduces CUDA tensors)."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _new_group(ids: tuple[int, ...], **more: Any) -> Any:
     if _CAN_PERMUTE:
         more["sort_ranks"] = False
-    return dist.new_group(list(ids), backend="gloo", **more)
+    return dist.new_group(list(ids), backend=BACKEND, **more)
 
 
 @dataclass(frozen=True)
@@ -100,8 +114,12 @@ def _worker(worker: int, folder: str, pipe: Connection, device: str) -> None:
     """Main function of a worker process: answers commands until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    if BACKEND == "nccl":
+        os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # not every host can do NVLink multicast
+        device = f"cuda:{worker}"
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo",
+        BACKEND,
         init_method=f"file://{folder}/rendezvous",
         rank=worker,
         world_size=WORKERS,
@@ -139,7 +157,7 @@ class RankPool:
     """See the module's text. Started by the first `run`.
 
     Args:
-        device: "cpu", or "cuda" for all ranks on one GPU.
+        device: "cpu", or "cuda": all ranks on one GPU over gloo, one GPU each over NCCL.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -171,6 +189,8 @@ class RankPool:
             RankError: with the traceback of every rank that raised.
         """
         name = group or str(ranks)
+        if name not in GROUPS:
+            pytest.skip(f"{name} ranks over NCCL need as many GPUs; torch sees {WORKERS}")
         if not self._processes:
             self._start()
         self._serial += 1

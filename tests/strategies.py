@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from problems import Bounds, Problem
+from ranks import WORKERS
 from variants import HAS_CUDA
 
 # New examples in every run; a failure prints how to repeat it.
@@ -73,7 +74,7 @@ def problems(draw: st.DrawFn, impl: str, *, largest: tuple[int, int, int]) -> Pr
 @st.composite
 def shards(draw: st.DrawFn, vocab: int) -> Bounds:
     """Cuts of [0, vocab) for 1 to 4 ranks, in any order, some of them empty."""
-    ranks = draw(st.integers(1, 4))
+    ranks = draw(st.integers(1, min(4, WORKERS)))
     cuts = sorted(draw(st.integers(0, vocab)) for _ in range(ranks - 1))
     edges = [0, *cuts, vocab]
     bounds = list(pairwise(edges))

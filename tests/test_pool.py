@@ -13,7 +13,7 @@ from ranks import GROUPS, Rank, RankError, RankPool
 
 
 def whoami(rank: Rank) -> tuple[int, int, int]:
-    total = torch.tensor([rank.rank + 1.0])
+    total = torch.tensor([rank.rank + 1.0], device=rank.device)
     dist.all_reduce(total, group=rank.group)
     return rank.rank, rank.size, int(total)
 

@@ -14,7 +14,7 @@ import torch
 import cce_tp
 from oracle import Outcome, dense
 from problems import Bounds, Problem, call, even_bounds, join_shards, restrict, same_bits, solve
-from ranks import Rank, RankPool
+from ranks import COUNTS, WORKERS, Rank, RankPool
 from sharding_cases import check_sharded, shard_of, solve_sharded
 from tolerance import assert_close, check_outcome, relative_error
 from variants import IMPL_DTYPES, IMPLS, MAIN_IMPL_DTYPES
@@ -40,7 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("impl", "dtype"), IMPL_DTYPES)
-@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("ranks", COUNTS)
 def test_even_shards(pool: RankPool, ranks: int, impl: str, dtype: torch.dtype) -> None:
     for options in ({}, EVERYTHING):
         problem = Problem(impl=impl, dtype=dtype, bias=True, options=options)
@@ -77,7 +77,7 @@ def test_shards_of_any_kind(pool: RankPool, impl: str, name: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_world_group(pool: RankPool, impl: str) -> None:
     problem = Problem(impl=impl, bias=True, options=EVERYTHING)
-    check_sharded(pool, problem, even_bounds(problem.vocab, 4), group="world")
+    check_sharded(pool, problem, even_bounds(problem.vocab, WORKERS), group="world")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
