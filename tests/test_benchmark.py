@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmark_runs import ALL_OPTIONS, CPU, QUICK, TINY, run
+from cce_tp import VocabShard, linear_cross_entropy, sharding
 from launch.benchmark import __main__ as command
-from launch.benchmark import records, tables
+from launch.benchmark import collectives, records, scaling, tables
 from launch.benchmark.catalogue import IMPLEMENTATIONS, Case, Options
 from launch.benchmark.implementations import TABLE, Implementation
 from launch.benchmark.measure import Meter, Timing
@@ -25,6 +26,7 @@ from launch.benchmark.peers import NotAvailable, Operands, Problem
 from launch.benchmark.session import Session
 from launch.benchmark.steps import even_rows
 from launch_runs import torchrun
+from ranks import Rank, RankPool
 
 pytestmark = pytest.mark.no_poison
 
@@ -47,7 +49,7 @@ def test_run_then_table_then_plot(tmp_path: Path, capsys: pytest.CaptureFixture[
     for record in found:
         name, status = record["implementation"], record["status"]
         assert name in shown
-        if name in ("liger", "te", "apple-cce", "apple-cce-exact", "cce-tp-far-field"):
+        if name.startswith(("liger", "te", "apple-cce")) or name == "cce-tp-far-field":
             assert status in ("not available", "ok"), record
             assert status == "ok" or record["reason"]
             continue
@@ -240,15 +242,25 @@ def test_timing_and_host_time() -> None:
     assert 1 < record["host"]["backward_us"] < 1e7
 
 
-def test_two_ranks(tmp_path: Path) -> None:
-    """A split vocabulary, Megatron beside us; rank 0 alone writes."""
-    out = tmp_path / "rows.jsonl"
-    names = "cce-tp-exact,torch-eager,megatron-unfused,megatron-native"
-    command_line = ["-m", "launch.benchmark", "run", "--shape", "48,16,96", *QUICK]
+def _two_ranks(out: Path, names: str, *flags: str) -> tuple[str, list[dict[str, Any]]]:
+    command_line = ["-m", "launch.benchmark", "run", "--shape", "48,16,96", *QUICK, *flags]
     command_line += ["--implementations", names, "--out", str(out)]
     printed = torchrun(2, *command_line, TORCHDYNAMO_DISABLE="1")
-    assert printed.count("torch-eager ") == 1
     (found,) = records.read([str(out)])
+    return printed, found
+
+
+def test_two_ranks(tmp_path: Path) -> None:
+    """One vocabulary on each rank, then one split over both; rank 0 alone writes."""
+    names = "cce-tp-exact,torch-eager,megatron-unfused,megatron-native"
+    printed, found = _two_ranks(tmp_path / "rows.jsonl", names, "--tensor-parallel", "1,2")
+    assert printed.count("torch-eager ") == 2
+    whole, found = found[:4], found[4:]
+    for record in whole:
+        assert record["status"] == "ok", record
+        assert record["shape"]["rows"] == 96
+        assert (record["ranks"]["world_size"], record["ranks"]["processes"]) == (1, 2)
+        assert "exposed_both_ms" not in record["ranks"]
     ours, eager, unfused, native = found
     assert (eager["status"], eager["ranks"]["world_size"]) == ("not available", 2)
     for record in (ours, unfused, native):
@@ -266,6 +278,64 @@ def test_two_ranks(tmp_path: Path) -> None:
         "all-reduce of dE",
     }
     assert "the group adds" in tables.terminal(found)
+    share = scaling.share_of_one(ours, whole, "both")
+    assert share == 2 * ours["both"]["median_ms"] / whole[0]["both"]["median_ms"]
+    table = tables.markdown([whole + found]).partition("Over several ranks:")[2]
+    (line,) = [each for each in table.splitlines() if "cce-tp-exact" in each and "2 ranks" in each]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    exposed = ours["ranks"]["exposed_both_ms"]
+    assert cells[:3] == ["48 x 16 x 96", "cce-tp-exact", "2 ranks, gloo"]
+    assert cells[6:9] == [
+        f"{share:.3f}",
+        f"{exposed:.3f}",
+        f"{100 * exposed / ours['both']['median_ms']:.1f}%",
+    ]
+
+
+def test_two_ranks_with_half_of_the_tokens_each(tmp_path: Path) -> None:
+    names = "cce-tp-exact,cce-tp-paper,megatron-unfused,liger-tp"
+    _, found = _two_ranks(tmp_path / "rows.jsonl", names, "--sequence-parallel")
+    *measured, megatron, liger = found
+    assert megatron["reason"] == "gathers the tokens on a CUDA device"
+    assert liger["reason"] == "takes no tokens that are split over ranks"
+    for record in measured:
+        assert record["status"] == "ok", record
+        assert record["ranks"]["sequence_parallel"]
+        assert record["ranks"]["alone_both"]["median_ms"] > 0
+    assert measured[0]["ranks"]["collectives_ms"].keys() == {
+        "all-gather of statistics",
+        "all-gather of E",
+        "reduce-scatter of dE",
+    }
+    assert "2 ranks, gloo, sequence parallel" in tables.markdown([found])
+
+
+def loss_without_communication(rank: Rank) -> tuple[float, float, list[str]]:
+    """(loss of a step, of the same with its collectives' results at hand, collectives called)."""
+    shard = replace(VocabShard.even(96, rank.group), sequence_parallel=True)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(48, 16, generator=generator)[24 * rank.rank :][:24].requires_grad_()
+    weight = torch.randn(96, 16, generator=generator)[shard.start : shard.stop].requires_grad_()
+    target = torch.arange(48)
+
+    def step() -> float:
+        loss = linear_cross_entropy(hidden, weight, target, vocab_shard=shard)
+        loss.backward()
+        return loss.item()
+
+    called: list[str] = []
+    with collectives.at_hand(step), pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in dir(dist) if name.startswith(("all_", "reduce_"))]:
+            patch.setattr(dist, name, lambda *_, name=name, **__: called.append(name))
+        for name in ("_all_gather_whole", "_reduce_scatter_whole"):
+            patch.setattr(sharding, name, lambda *_, name=name, **__: called.append(name))
+        again = step()
+    return step(), again, called
+
+
+def test_results_at_hand_are_those_of_the_collectives(pool: RankPool) -> None:
+    for loss, again, called in pool.run(loss_without_communication, ranks=2):
+        assert again == loss and called == []
 
 
 def test_a_shard_beside_the_whole(tmp_path: Path) -> None:

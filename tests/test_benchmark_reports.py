@@ -40,6 +40,19 @@ def _line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("run --shape 8,8,8 --implementations ours", "--implementations: expected names among"),
         ("run --shape 8,8,8 --shard 8/8", "--shard: expected r/W with 0 <= r < W <= V=8, got 8/8"),
         ("run --shape 8,8,8 --shard one", "--shard: expected r/W such as 0/8, got 'one'"),
+        (
+            "run --shape 8,8,8 --tensor-parallel 1,x",
+            "--tensor-parallel: expected sizes such as 1,2,4, got '1,x'",
+        ),
+        (
+            "run --shape 8,8,8 --tensor-parallel 2",
+            "--tensor-parallel: expected sizes that divide the 1 ranks, got 2",
+        ),
+        (
+            "run --shape 8,8,8 --sequence-parallel",
+            "--sequence-parallel: expected several ranks to a vocabulary, got 1",
+        ),
+        ("run --suite models --sequence-parallel", "--sequence-parallel: expected without --suite"),
         ("run --shape 8,8,8 --softcap 0", "--softcap: expected a number > 0, got 0.0"),
         ("run --shape 8,8,8 --softcap high", "argument --softcap: invalid float value: 'high'"),
         ("run --shape 8,8,8 --z-loss -1", "--z-loss: expected a number >= 0, got -1.0"),
@@ -130,6 +143,20 @@ def test_standard_suite_is_what_was_promised() -> None:
         assert set(case.implementations or IMPLEMENTATIONS) <= set(IMPLEMENTATIONS)
 
 
+@pytest.mark.parametrize(
+    ("processes", "sizes"),
+    [(1, [(1, False)]), (2, [(1, False), (2, False), (2, True)]), (6, [(1, False), (2, False)])],
+)
+def test_suite_of_several_ranks(processes: int, sizes: list[tuple[int, bool]]) -> None:
+    """The sizes that divide the processes; without sequence parallelism where there is one."""
+    args = command.parser().parse_args(["run", "--suite", "parallel"])
+    cases = command.cases(args, None, processes)
+    assert len({case.shape for case in cases}) == 3
+    for shape in {case.shape for case in cases}:
+        found = [(c.ranks, c.sequence_parallel) for c in cases if c.shape == shape]
+        assert found[: len(sizes)] == sizes and len(found) == (3 if processes == 6 else len(sizes))
+
+
 def test_suite_at_reduced_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind of case in the suites passes, tiny; sweeps make their table and figure."""
 
@@ -147,7 +174,8 @@ def test_suite_at_reduced_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = run(out, "--suite", "standard", *names)
     wrong = [record for record in found if record["status"] not in ("ok", "not available")]
     assert not wrong
-    assert {record["suite"] for record in found} == set(suites.SUITES) - {"standard", "bars"}
+    extra = {"standard", "bars", "parallel"}
+    assert {record["suite"] for record in found} == set(suites.SUITES) - extra
     markdown = tables.markdown([found])
     assert markdown.count("## tokens") == 1
     assert "of 1/8 of the whole" in markdown

@@ -33,6 +33,7 @@ from launch.benchmark.catalogue import (
     Shape,
     parse_implementations,
     parse_shard,
+    parse_sizes,
 )
 from launch.benchmark.suites import SUITES, suite
 
@@ -85,6 +86,8 @@ def _add_run_arguments(run: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, help="of inputs (bf16)")
     add("--tf32", action="store_true", help="fp32 products in TF32")
     add("--shard", metavar="r/W", help="only the rows of rank r of W, without a group")
+    add("--tensor-parallel", metavar="W,...", help="ranks that hold the vocabulary (all there are)")
+    add("--sequence-parallel", action="store_true", help="each rank holds a part of the tokens")
     add("--implementations", metavar="NAME,...", help="default: all; names below")
     loss = run.add_argument_group("options of the loss")
     add = loss.add_argument
@@ -136,22 +139,41 @@ def cases(args: argparse.Namespace, snapshot: Any, world_size: int) -> list[Case
         "tf32": args.tf32,
         "options": options,
         "shard": parse_shard(args.shard) if args.shard else None,
+        "sequence_parallel": args.sequence_parallel,
         "host_time": args.host_time,
         "implementations": names,
     }
+    sizes = _team_sizes(args, world_size)
     if snapshot is not None:
         if args.model or args.shape or args.inputs:
             raise ValueError("--snapshot: expected without --model, --shape and --inputs")
         shape = snapshot.shape
         shape = Shape(min(args.tokens or shape.tokens, shape.tokens), shape.hidden, shape.vocab)
-        return [Case(shape=shape, inputs="snapshot", **common)]
+        return [Case(shape=shape, inputs="snapshot", ranks=size, **common) for size in sizes]
     common["inputs"] = args.inputs or "random"
     tokens = args.tokens or DEFAULT_TOKENS
     found = [Case(shape=Shape.of_model(name, tokens), name=name, **common) for name in args.model]
     found += [Case(shape=Shape.parse(text), **common) for text in args.shape]
+    found = [replace(case, ranks=size) for case in found for size in sizes]
     if not found:
         raise ValueError("--model, --shape, --snapshot or --suite: expected one of them, got none")
     return found
+
+
+def _team_sizes(args: argparse.Namespace, world_size: int) -> tuple[int | None, ...]:
+    if args.tensor_parallel is None and not args.sequence_parallel:
+        return (None,)
+    sizes = (world_size,)
+    if args.tensor_parallel is not None:
+        sizes = parse_sizes(args.tensor_parallel)
+    for size in sizes:
+        if world_size % size:
+            raise ValueError(
+                f"--tensor-parallel: expected sizes that divide the {world_size} ranks, got {size}"
+            )
+    if args.sequence_parallel and 1 in sizes:
+        raise ValueError("--sequence-parallel: expected several ranks to a vocabulary, got 1")
+    return sizes
 
 
 def _suite_cases(
@@ -161,6 +183,8 @@ def _suite_cases(
         **{"--model": args.model, "--shape": args.shape, "--snapshot": args.snapshot},
         **{"--tokens": args.tokens, "--dtype": args.dtype, "--tf32": args.tf32},
         **{"--shard": args.shard, "--host-time": args.host_time},
+        **{"--tensor-parallel": args.tensor_parallel},
+        **{"--sequence-parallel": args.sequence_parallel},
         **{f"--{name.replace('_', '-')}": True for name in options.changed()},
     }
     for flag, value in given.items():
@@ -172,7 +196,8 @@ def _suite_cases(
         own = case.implementations or tuple(IMPLEMENTATIONS)
         chosen = own if names is None else tuple(name for name in own if name in names)
         # What one rank's rows cost without the others is not a question to a group.
-        if chosen and not (case.shard and world_size > 1):
+        together = world_size % (case.ranks or 1) == 0 and not (case.shard and world_size > 1)
+        if chosen and together:
             kept.append(replace(case, implementations=chosen, inputs=args.inputs or case.inputs))
     if not kept:
         raise ValueError("--implementations: expected one that the suite measures, got none")

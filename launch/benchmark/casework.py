@@ -5,14 +5,13 @@ Legend: N tokens, D hidden size, V global vocabulary, V_local rows of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from launch.benchmark import reference
+from launch.benchmark import collectives, machine, reference
 from launch.benchmark.catalogue import Case
 from launch.benchmark.implementations import Implementation
 from launch.benchmark.inputs import Inputs, Snapshot, take
@@ -20,7 +19,7 @@ from launch.benchmark.inputs import make as make_inputs
 from launch.benchmark.measure import Meter, Timing
 from launch.benchmark.outcome import Outcome, attempt
 from launch.benchmark.parallel import World
-from launch.benchmark.peers import Problem
+from launch.benchmark.peers import NotAvailable, Problem
 from launch.benchmark.steps import Steps, alone, even_rows
 
 
@@ -35,7 +34,8 @@ class CaseWork:
         self, world: World, meter: Meter, table: Mapping[str, Implementation], case: Case
     ) -> None:
         self.world, self.meter, self.table, self.case = world, meter, table, case
-        rank, ranks = case.shard or (self.world.rank, self.world.size)
+        self.team = world.team(1 if case.shard else case.ranks)
+        rank, ranks = case.shard or (self.team.rank, self.team.size)
         self.rows = even_rows(case.shape.vocab, rank, ranks)
         self.outcomes: dict[str, Outcome] = {}
         self._losses: dict[str, Any] = {}
@@ -51,6 +51,8 @@ class CaseWork:
         case, device = self.case, self.world.device
 
         def make() -> Inputs:
+            if case.sequence_parallel and case.shape.tokens % self.team.size:
+                raise NotAvailable(f"equal parts of {case.shape.tokens} tokens do not exist")
             if snapshot is not None:
                 return take(snapshot, case.shape.tokens, self.rows, case.dtype, device)
             return make_inputs(case.inputs, case.shape, self.rows, case.dtype, device, seed)
@@ -60,8 +62,16 @@ class CaseWork:
             outcome.reason = f"the inputs: {outcome.reason}"
             return outcome
         self.inputs = made if case.shard is None else alone(made, self.rows[0])
+        # What this rank passes to the loss.
+        self.own = replace(self.inputs, input=self._part(self.inputs.input))
         self.vocab = case.shape.vocab if case.shard is None else made.weight.shape[0]
         return outcome
+
+    def _part(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(N, D) -> the rows whose hidden states this rank has."""
+        if not self.case.sequence_parallel:
+            return tokens
+        return tokens.tensor_split(self.team.size)[self.team.rank].contiguous()
 
     def gate(self, names: list[str]) -> Outcome:
         """Build every implementation and compare it with fp32; fills `outcomes`."""
@@ -70,12 +80,14 @@ class CaseWork:
         outcome, want = attempt(
             self.world,
             lambda: reference.compute(
-                self.inputs, case.options, start, self.vocab, self.world.group
+                self.inputs, case.options, start, self.vocab, self.team.group
             ),
         )
         if want is None:
             outcome.reason = f"the fp32 reference: {outcome.reason}"
             return outcome
+        if want.input_grad is not None:
+            want = replace(want, input_grad=self._part(want.input_grad))
         for name in names:
             self.outcomes[name] = self._gate_one(name, want)
         del want  # before anything is timed
@@ -86,8 +98,8 @@ class CaseWork:
         case, entry = self.case, self.table[name]
 
         def compare() -> dict[str, float]:
-            self._losses[name] = entry.prepare(self._problem(self.world.group, self.vocab))
-            steps = Steps(self._losses[name], self.inputs, case.options)
+            self._losses[name] = entry.prepare(self._problem(self.team.group, self.vocab))
+            steps = Steps(self._losses[name], self.own, case.options)
             found = reference.errors(steps.results(case.options.forward_only), want)
             return {key: value if value == value else torch.inf for key, value in found.items()}
 
@@ -105,7 +117,8 @@ class CaseWork:
         return outcome
 
     def _problem(self, group: Any, vocab: int) -> Problem:
-        return Problem(vocab, self.case.options, self.world.device, group, self.world.alone)
+        parts = self.case.sequence_parallel and group is not None
+        return Problem(vocab, self.case.options, self.world.device, group, self.world.alone, parts)
 
     def _gemm(self) -> Timing | None:
         """E @ C^T of the rows held here; None where it cannot be held."""
@@ -142,7 +155,7 @@ class CaseWork:
     def _time(self, name: str) -> dict[str, Any]:
         """forward, both: (timing, extra bytes); host; ranks."""
         options, meter = self.case.options, self.meter
-        steps = Steps(self._losses[name], self.inputs, options)
+        steps = Steps(self._losses[name], self.own, options)
         found: dict[str, Any] = {"both": (None, None), "host": None}
         extra = meter.peak_bytes(steps.forward, lambda: 0)
         found["forward"] = (meter.time(steps.forward), extra)
@@ -156,45 +169,67 @@ class CaseWork:
                 "forward_us": meter.host_us(steps.host_forward),
                 "backward_us": backward,
             }
-        if self.world.group is not None:
-            found["ranks"] = self._group_cost(name, found["forward"][0], found["both"][0])
+        if self.team.group is not None:
+            found["ranks"] = self._group_cost(name, steps, found["forward"][0], found["both"][0])
         return found
 
-    def _group_cost(self, name: str, forward: Timing, both: Timing | None) -> dict[str, Any]:
-        """The same rows without the group; the difference is what the collectives expose."""
-        entry, options = self.table[name], self.case.options
-        inputs = alone(self.inputs, self.rows[0])
-        loss = entry.prepare(self._problem(None, inputs.weight.shape[0]))
-        steps = Steps(loss, inputs, options)
-        alone_forward = self.meter.time(steps.forward)
-        alone_both = None if both is None else self.meter.time(steps.both)
-        found = {
-            "world_size": self.world.size,
-            "backend": self.world.backend,
-            "alone_forward": _plain(alone_forward),
-            "alone_both": _plain(alone_both),
-            "exposed_forward_ms": forward.median_ms - alone_forward.median_ms,
-            "exposed_both_ms": None,
-            "collectives_ms": self._collectives_ms() if entry.package == "cce-tp" else {},
-        }
-        if both is not None and alone_both is not None:
-            found["exposed_both_ms"] = both.median_ms - alone_both.median_ms
+    def _group_cost(
+        self, name: str, steps: Steps, forward: Timing, both: Timing | None
+    ) -> dict[str, Any]:
+        """What the collectives expose: the same rows without them, and the difference."""
+        ours = self.table[name].package == "cce-tp"
+        without = self._at_hand(steps) if ours else self._on_their_own(name)
+        found: dict[str, Any] = self.about_ranks() or {}
+        for key, timing in (("forward", forward), ("both", both)):
+            alone_timing = None if timing is None else without[key]
+            found[f"alone_{key}"] = _plain(alone_timing)
+            found[f"exposed_{key}_ms"] = None
+            if timing is not None and alone_timing is not None:
+                found[f"exposed_{key}_ms"] = timing.median_ms - alone_timing.median_ms
+        found["collectives_ms"] = self._collectives_ms() if ours else {}
         return found
+
+    def about_ranks(self) -> dict[str, Any] | None:
+        """Who measures together, for the record; None for one process."""
+        world = self.world
+        if world.size == 1:
+            return None
+        return {
+            "world_size": self.team.size,
+            "processes": world.size,
+            "backend": world.backend,
+            "sequence_parallel": self.case.sequence_parallel,
+            "environment": machine.communication(),
+        }
+
+    def _at_hand(self, steps: Steps) -> dict[str, Timing | None]:
+        """The library's own steps, the results of their collectives being at hand."""
+        found: dict[str, Timing | None] = {"both": None}
+        with collectives.at_hand(steps.forward):
+            found["forward"] = self.meter.time(steps.forward)
+        if not self.case.options.forward_only:
+            with collectives.at_hand(steps.both):
+                found["both"] = self.meter.time(steps.both)
+        steps.release()
+        return found
+
+    def _on_their_own(self, name: str) -> dict[str, Timing | None]:
+        """Others: the same rows as a problem of their own, without the group."""
+        inputs = alone(self.inputs, self.rows[0])
+        loss = self.table[name].prepare(self._problem(None, inputs.weight.shape[0]))
+        steps = Steps(loss, inputs, self.case.options)
+        forward_only = self.case.options.forward_only
+        return {
+            "forward": self.meter.time(steps.forward),
+            "both": None if forward_only else self.meter.time(steps.both),
+        }
 
     def _collectives_ms(self) -> dict[str, float]:
         """Medians of this library's collectives by themselves; measured once per case."""
         if self._collectives is None:
-            hidden, group = self.inputs.input, self.world.group
-            packed = torch.zeros(3, hidden.shape[0], device=hidden.device)
-            parts = [torch.empty_like(packed) for _ in range(self.world.size)]
-            gradient = torch.zeros_like(hidden)
-            steps: dict[str, Callable[[], Any]] = {
-                "all-gather of statistics": lambda: dist.all_gather(parts, packed, group=group),
-                "all-reduce of dE": lambda: dist.all_reduce(gradient, group=group),
-            }
-            self._collectives = {
-                name: self.meter.time(step, share=0.5).median_ms for name, step in steps.items()
-            }
+            self._collectives = collectives.by_themselves(
+                self.meter, self.inputs.input, self.team.group, self.case.sequence_parallel
+            )
         return self._collectives
 
 

@@ -37,6 +37,8 @@ IMPLEMENTATIONS = {
     "apple-cce": "cut-cross-entropy with its default filter",
     "apple-cce-exact": "cut-cross-entropy with filter_eps=None",
     "liger": "liger-kernel: LigerFusedLinearCrossEntropyLoss",
+    "liger-logits": "Megatron-core's product, liger-kernel's LigerVocabParallelCrossEntropy",
+    "liger-tp": "liger-kernel: liger_fused_linear_scaled_cross_entropy_tp",
     "te": "PyTorch product, Transformer Engine's parallel_cross_entropy",
 }
 
@@ -146,6 +148,8 @@ class Case:
         inputs: one of INPUTS, or "snapshot".
         options: of the loss.
         shard: (rank, ranks): measure this rank's rows alone, without a group; or None.
+        ranks: how many hold the vocabulary between them; None: all that there are.
+        sequence_parallel: each of them holds a part of the tokens' hidden states.
         host_time: measure the host's time per call as well.
         implementations: names, None: all.
     """
@@ -158,6 +162,8 @@ class Case:
     inputs: str = "random"
     options: Options = field(default_factory=Options)
     shard: tuple[int, int] | None = None
+    ranks: int | None = None
+    sequence_parallel: bool = False
     host_time: bool = False
     implementations: tuple[str, ...] | None = None
 
@@ -183,6 +189,18 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not (slash and rank.isdecimal() and ranks.isdecimal()):
         raise ValueError(f"--shard: expected r/W such as 0/8, got {text!r}")
     return int(rank), int(ranks)
+
+
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """Read "1,2,4".
+
+    Raises:
+        ValueError: not positive integers.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in parts):
+        raise ValueError(f"--tensor-parallel: expected sizes such as 1,2,4, got {text!r}")
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def parse_implementations(text: str | None) -> tuple[str, ...] | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from launch.benchmark.catalogue import IMPLEMENTATIONS, Options
 from launch.benchmark.peers import NotAvailable, Operands, Problem
 
 _DENSE_OPTIONS = frozenset({"bias", "softcap", "z_loss", "label_smoothing"})
+_OVER_RANKS: dict[str, Any] = {"sharded": True, "sequence_parallel": True}
 _ALL_OPTIONS = _DENSE_OPTIONS | {"statistics", "grad_weight_out"}
 
 
@@ -37,6 +38,7 @@ class Implementation:
         options: names of `Options` that it takes.
         exact: computes every element of the gradient; decides the limit of the gate.
         sharded: takes a vocabulary that is split over a group.
+        sequence_parallel: and then also hidden states of a part of the tokens on each rank.
         cuda: needs a CUDA device.
         compiled: torch.compile makes code for one set of sizes; a case starts without the code of
             others, which would be for sizes that vary, or none at all once they are many.
@@ -47,6 +49,7 @@ class Implementation:
     options: frozenset[str] = frozenset()
     exact: bool = True
     sharded: bool = False
+    sequence_parallel: bool = False
     cuda: bool = False
     compiled: bool = False
 
@@ -61,6 +64,8 @@ class Implementation:
                 raise NotAvailable(f"has no option {name}")
         if problem.group is not None and not self.sharded:
             raise NotAvailable("takes no vocabulary that is split over ranks")
+        if problem.sequence_parallel and not self.sequence_parallel:
+            raise NotAvailable("takes no tokens that are split over ranks")
         loss = self.build(problem)
         if self.cuda and problem.device.type != "cuda":
             raise NotAvailable("needs a CUDA device")
@@ -72,8 +77,8 @@ def _ours(make_filter: Callable[[], GradFilter]) -> Callable[[Problem], Any]:
         options = problem.options
         shard = None
         if problem.group is not None:
-            # Sequence parallelism, once the library reduces dE that way itself, is said here.
-            shard = VocabShard.even(problem.vocab, problem.group)
+            even = VocabShard.even(problem.vocab, problem.group)
+            shard = replace(even, sequence_parallel=problem.sequence_parallel)
         cap = options.workspace_mib
         try:
             loss = LinearCrossEntropyLoss(
@@ -154,13 +159,13 @@ def _linear_ce(problem: Problem) -> Callable[[Operands], Tensor]:
 
 TABLE: dict[str, Implementation] = {
     "cce-tp-exact": Implementation(
-        _ours(GradFilter.exact), "cce-tp", options=_ALL_OPTIONS, sharded=True
+        _ours(GradFilter.exact), "cce-tp", options=_ALL_OPTIONS, **_OVER_RANKS
     ),
     "cce-tp-paper": Implementation(
-        _ours(GradFilter.paper), "cce-tp", options=_ALL_OPTIONS, sharded=True, exact=False
+        _ours(GradFilter.paper), "cce-tp", options=_ALL_OPTIONS, exact=False, **_OVER_RANKS
     ),
     "cce-tp-far-field": Implementation(
-        _ours(GradFilter.far_field), "cce-tp", options=_ALL_OPTIONS, sharded=True, exact=False
+        _ours(GradFilter.far_field), "cce-tp", options=_ALL_OPTIONS, exact=False, **_OVER_RANKS
     ),
     "torch-eager": Implementation(_eager, "torch", options=_DENSE_OPTIONS),
     "torch-eager-fp32": Implementation(_eager_fp32, "torch", options=_DENSE_OPTIONS),
@@ -170,26 +175,39 @@ TABLE: dict[str, Implementation] = {
         peers.megatron_unfused,
         "megatron-core",
         options=frozenset({"bias", "label_smoothing"}),
-        sharded=True,
+        **_OVER_RANKS,
     ),
     "megatron-native": Implementation(
         peers.megatron_native,
         "megatron-core",
         options=frozenset({"bias"}),
-        sharded=True,
         compiled=True,
+        **_OVER_RANKS,
     ),
     "apple-cce": Implementation(
         peers.apple_cce,
         "cut-cross-entropy",
         options=frozenset({"softcap"}),
         exact=False,
+        sharded=True,
         cuda=True,
     ),
     "apple-cce-exact": Implementation(
-        peers.apple_cce_exact, "cut-cross-entropy", options=frozenset({"softcap"}), cuda=True
+        peers.apple_cce_exact,
+        "cut-cross-entropy",
+        options=frozenset({"softcap"}),
+        sharded=True,
+        cuda=True,
     ),
     "liger": Implementation(peers.liger, "liger-kernel", options=_DENSE_OPTIONS, cuda=True),
+    "liger-logits": Implementation(
+        peers.liger_logits,
+        "liger-kernel",
+        options=frozenset({"bias", "label_smoothing"}),
+        cuda=True,
+        **_OVER_RANKS,
+    ),
+    "liger-tp": Implementation(peers.liger_tp, "liger-kernel", sharded=True, cuda=True),
     "te": Implementation(
         peers.transformer_engine,
         "transformer-engine",

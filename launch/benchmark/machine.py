@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -42,6 +43,13 @@ def versions(package: str) -> dict[str, str | None]:
     if package not in ("torch", "cce-tp"):
         found[package] = installed(package)
     return found
+
+
+def communication() -> dict[str, str]:
+    """Environment variables that change how collectives run, and beside what."""
+    names = sorted(name for name in os.environ if name.startswith("NCCL_"))
+    names.append("CUDA_DEVICE_MAX_CONNECTIONS")
+    return {name: os.environ[name] for name in names if name in os.environ}
 
 
 def installed(package: str) -> str | None:

@@ -104,8 +104,7 @@ class Meter:
         ]
         for start, end in events:
             flush.zero_()
-            if self.world.group is not None:
-                self.world.barrier()
+            self.world.align()
             start.record()
             step()
             end.record()

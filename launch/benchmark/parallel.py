@@ -14,6 +14,20 @@ import torch.distributed as dist
 _TIMEOUT = timedelta(minutes=5)
 
 
+@dataclass(frozen=True, slots=True)
+class Team:
+    """The ranks that hold one vocabulary between them; the world is cut into equal teams.
+
+    Attributes:
+        rank, size: of this process in the team.
+        group: its process group, or None for a team of one.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+
 @dataclass(slots=True)
 class World:
     """This process and its place among the ranks. Use it as a context manager.
@@ -32,6 +46,8 @@ class World:
     group: Any = None
     _owns: bool = False
     _alone: Any = None
+    _teams: dict[int, Team] = field(default_factory=dict)
+    _token: Any = None
 
     @classmethod
     def from_environment(cls) -> World:
@@ -62,7 +78,22 @@ class World:
         # After an error the other ranks may be in a collective, so there is no barrier here.
         if self._owns:
             dist.destroy_process_group()
-        self.group = self._alone = None
+        self.group = self._alone = self._token = None
+        self._teams.clear()
+
+    def team(self, size: int | None = None) -> Team:
+        """This process's team of `size` ranks, which divides the world's; None: of all.
+
+        A collective of all ranks at the first call with a size.
+        """
+        size = self.size if size is None else size
+        if size not in self._teams:
+            group = self.group
+            if 1 < size < self.size:
+                blocks = [[*range(first, first + size)] for first in range(0, self.size, size)]
+                group = dist.new_subgroups_by_enumeration(blocks)[0]
+            self._teams[size] = Team(self.rank % size, size, None if size == 1 else group)
+        return self._teams[size]
 
     def alone(self) -> Any:
         """A process group of this rank alone, for what takes no None; made at the first call."""
@@ -88,6 +119,21 @@ class World:
         answers: list[Any] = [None] * self.size
         dist.all_gather_object(answers, value, group=self.group)
         return answers
+
+    def align(self) -> None:
+        """Let what follows start at the same time on all ranks.
+
+        Over NCCL on the devices alone: the host runs ahead, as in training, and what it takes to
+        start a kernel does not count.
+        """
+        if self.group is None:
+            return
+        if self.backend != "nccl":
+            self.barrier()
+            return
+        if self._token is None:
+            self._token = torch.zeros(1, device=self.device)
+        dist.all_reduce(self._token, group=self.group)
 
     def barrier(self) -> None:
         """Wait for the device and for the other ranks."""

@@ -33,6 +33,7 @@ class Problem:
         device: of the tensors.
         group: process group over which the vocabulary is split evenly, or None.
         own_group: makes a process group of this rank alone, for what takes no None.
+        sequence_parallel: every rank holds an equal part of the tokens' hidden states.
     """
 
     vocab: int
@@ -40,6 +41,11 @@ class Problem:
     device: torch.device
     group: Any
     own_group: Callable[[], Any]
+    sequence_parallel: bool = False
+
+    def some_group(self) -> Any:
+        """The group, or one of this rank alone."""
+        return self.group if self.group is not None else self.own_group()
 
 
 @dataclass(slots=True)
@@ -47,7 +53,7 @@ class Operands:
     """Tensors of one call.
 
     Attributes:
-        input: (N, D).
+        input: (N, D), or (N / W, D) of each of W ranks under sequence parallelism.
         weight: (V_local, D).
         target: (N,) int64 global ids.
         bias: (V_local,) or None.
@@ -80,7 +86,13 @@ def _megatron(problem: Problem, loss: Callable[[Tensor, Tensor, Any], Tensor]) -
     """Megatron's product, whose backward pass reduces dE beside that of dC, and a loss."""
     layers = _load("megatron.core.tensor_parallel.layers", "megatron-core")
     product = layers.linear_with_grad_accumulation_and_async_allreduce
-    group = problem.group if problem.group is not None else problem.own_group()
+    group, parts = problem.some_group(), problem.sequence_parallel
+    if parts:
+        if problem.device.type != "cuda":
+            raise NotAvailable("gathers the tokens on a CUDA device")
+        state = _load("megatron.core.parallel_state", "megatron-core")
+        if state._GLOBAL_MEMORY_BUFFER is None:  # where it gathers the tokens
+            state._set_global_memory_buffer()
     if problem.vocab % group.size():
         raise NotAvailable(f"cuts a vocabulary evenly, {problem.vocab} not over {group.size()}")
 
@@ -91,8 +103,8 @@ def _megatron(problem: Problem, loss: Callable[[Tensor, Tensor, Any], Tensor]) -
             operands.weight,
             operands.bias,
             gradient_accumulation_fusion=False,
-            allreduce_dgrad=group.size() > 1,
-            sequence_parallel=False,
+            allreduce_dgrad=group.size() > 1 and not parts,
+            sequence_parallel=parts,
             tp_group=group,
         )
         return loss(logits, operands.target[:, None], group).mean()
@@ -132,6 +144,12 @@ def megatron_native(problem: Problem) -> Loss:
 def _apple(problem: Problem, **how: Any) -> Loss:
     module = _load("cut_cross_entropy", "cut-cross-entropy")
     softcap = problem.options.softcap
+    if problem.group is not None:
+        # Not in all releases.
+        shards = getattr(module, "VocabParallelOptions", None)
+        if shards is None:
+            raise NotAvailable("this release takes no vocabulary that is split over ranks")
+        how["vocab_parallel_options"] = shards.from_vocab(problem.vocab, problem.group)
 
     def call(operands: Operands) -> Tensor:
         return module.linear_cross_entropy(
@@ -160,6 +178,25 @@ def liger(problem: Problem) -> Loss:
         softcap=problem.options.softcap,
     )
     return lambda operands: loss(operands.weight, operands.input, operands.target, operands.bias)
+
+
+def liger_logits(problem: Problem) -> Loss:
+    """LigerVocabParallelCrossEntropy on the logits that Megatron's product makes."""
+    module = _load("liger_kernel.transformers.vocab_parallel_cross_entropy", "liger-kernel")
+    loss = module.LigerVocabParallelCrossEntropy(label_smoothing=problem.options.label_smoothing)
+    return _megatron(problem, loss)
+
+
+def liger_tp(problem: Problem) -> Loss:
+    """liger_fused_linear_scaled_cross_entropy_tp, which chooses its kernels itself."""
+    module = _load("liger_kernel.transformers.functional", "liger-kernel")
+    function = getattr(module, "liger_fused_linear_scaled_cross_entropy_tp", None)
+    if function is None:
+        raise NotAvailable("this release takes no vocabulary that is split over ranks")
+    group = problem.some_group()
+    if problem.vocab % group.size():
+        raise NotAvailable(f"cuts a vocabulary evenly, {problem.vocab} not over {group.size()}")
+    return lambda operands: function(operands.input, operands.weight, operands.target, group).mean()
 
 
 def transformer_engine(problem: Problem) -> Loss:

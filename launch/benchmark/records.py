@@ -31,9 +31,12 @@ before it (the inputs) and less the gradients that the step leaves (dE, dC, the 
 CPU. What libraries allocate outside of the allocator, and cuBLAS's workspace, which the first call
 leaves, are not in it.
 
-`ranks`: `world_size`, `backend`, `alone_forward` and `alone_both` (timings of the same rows
-without a group, so without collectives), `exposed_forward_ms` and `exposed_both_ms` (what the group
-adds), and `collectives_ms` (of each collective of this library by itself, by name).
+`ranks`: `world_size` (how many hold the vocabulary between them), `processes` (how many measure
+together: `processes / world_size` teams, all at once), `backend`, `sequence_parallel`,
+`environment` (the variables that steer NCCL and its overlap with kernels); and if there
+are several to a team `alone_forward` and `alone_both` (timings of the same rows without
+collectives), `exposed_forward_ms` and `exposed_both_ms` (what the collectives add), and
+`collectives_ms` (of each collective of this library by itself, by name).
 """
 
 from __future__ import annotations
@@ -101,6 +104,7 @@ def case_key(record: Record, *, without: Iterable[str] = ()) -> str:
         **{name: record[name] for name in ("suite", "dtype", "tf32", "inputs", "options", "shard")},
         "hardware": record["hardware"]["name"],
         "world_size": (record["ranks"] or {}).get("world_size", 1),
+        "sequence_parallel": (record["ranks"] or {}).get("sequence_parallel", False),
     }
     for name in without:
         del parts[name]
@@ -124,8 +128,17 @@ def case_label(record: Record) -> str:
     for name, value in record["options"].items():
         words.append(name if value is True else f"{name}={value:g}")
     if record["ranks"]:
-        words.append(f"{record['ranks']['world_size']} ranks, {record['ranks']['backend']}")
+        words.append(ranks_label(record))
     return ", ".join(words)
+
+
+def ranks_label(record: Record) -> str:
+    """Such as "2 ranks, nccl, sequence parallel"."""
+    ranks = record["ranks"] or {"world_size": 1, "backend": ""}
+    words = ["1 rank" if ranks["world_size"] == 1 else f"{ranks['world_size']} ranks"]
+    words.append(ranks["backend"])
+    words.append("sequence parallel" if ranks.get("sequence_parallel") else "")
+    return ", ".join(word for word in words if word)
 
 
 def source_label(record: Record) -> str:

@@ -58,17 +58,18 @@ class Session:
             if outcome.status == "ok":
                 outcome = work.gate(names)
             for name in names:
+                fields: dict[str, Any] = {"ranks": work.about_ranks()}
                 if outcome.status != "ok":
-                    yield self._record(case, name, outcome, {})
+                    yield self._record(case, name, outcome, fields)
                     continue
-                fields = work.measure(name)
+                fields |= work.measure(name)
                 yield self._record(case, name, work.outcomes[name], fields)
 
     def _record(self, case: Case, name: str, outcome: Outcome, fields: dict[str, Any]) -> Record:
         inputs: dict[str, Any] = {"kind": case.inputs, "seed": self.seed}
         if self.snapshot is not None:
             inputs = {"kind": case.inputs, "snapshot": self.snapshot.name}
-        ranks = self.world.size if case.shard is None else case.shard[1]
+        ranks = (case.ranks or self.world.size) if case.shard is None else case.shard[1]
         start, stop = even_rows(case.shape.vocab, 0, ranks)
         record = {
             "schema": SCHEMA,
@@ -89,6 +90,4 @@ class Session:
             "shard": case.shard,
             **dict.fromkeys(("gate", "gemm", "forward", "both", "host", "ranks")),
         }
-        if self.world.size > 1:
-            record["ranks"] = {"world_size": self.world.size, "backend": self.world.backend}
         return record | fields

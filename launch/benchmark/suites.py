@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from launch.benchmark.catalogue import MODELS, Case, Options, Shape
+from launch.benchmark.catalogue import DEFAULT_TOKENS, MODELS, Case, Options, Shape
 
 # One implementation of each kind, for sweeps of many shapes: this library, logits at once, logits
 # in chunks, no logits.
@@ -14,6 +14,11 @@ _SWEEP = (
     *("torch-eager-fp32", "liger", "apple-cce"),
 )
 _OURS = ("cce-tp-exact", "cce-tp-paper", "cce-tp-far-field")
+_SHARDED = (
+    *_OURS,
+    *("megatron-unfused", "megatron-native", "liger-logits", "liger-tp"),
+    *("apple-cce", "apple-cce-exact"),
+)
 _BASE = Shape.of_model("llama3-8b")
 # Where the three bars of the project stand.
 _BARS = ("gemma2-2b", "llama3-8b", "llama3-70b-tp8")
@@ -95,6 +100,25 @@ def _host() -> list[Case]:
     return [Case(shape=Shape(256, 512, 4096), host_time=True)]
 
 
+def _parallel() -> list[Case]:
+    """The vocabulary over 1, 2, 4 and 8 ranks, with and without sequence parallelism."""
+    models = [(name, Shape.of_model(name)) for name in ("llama3-8b", "gemma2-2b")]
+    models.insert(0, ("llama3-70b", Shape(DEFAULT_TOKENS, 8192, 128256)))
+    kinds = [(ranks, parts) for ranks in (1, 2, 4, 8) for parts in (False, True)[:ranks]]
+    return [
+        Case(
+            shape=shape,
+            name=name,
+            suite="parallel",
+            ranks=ranks,
+            sequence_parallel=parts,
+            implementations=_SHARDED,
+        )
+        for name, shape in models
+        for ranks, parts in kinds
+    ]
+
+
 _PARTS: dict[str, Callable[[], list[Case]]] = {
     "models": _models,
     "tokens": _tokens,
@@ -106,11 +130,14 @@ _PARTS: dict[str, Callable[[], list[Case]]] = {
     "shards": _shards,
     "host": _host,
 }
-SUITES = ("standard", "bars", *_PARTS)
+SUITES = ("standard", "bars", "parallel", *_PARTS)
 
 
 def suite(name: str) -> list[Case]:
-    """The cases of a suite; "standard" is all parts, "bars" three shapes of this library alone.
+    """The cases of a suite.
+
+    "standard" is all parts, "bars" three shapes of this library alone, "parallel" for several
+    processes.
 
     Raises:
         ValueError: no such suite.
@@ -118,6 +145,8 @@ def suite(name: str) -> list[Case]:
     if name == "bars":
         cases = [Case(shape=Shape.of_model(each), name=each) for each in _BARS]
         return [replace(case, suite=name, implementations=_OURS) for case in cases]
+    if name == "parallel":
+        return _parallel()
     if name not in SUITES:
         raise ValueError(f"--suite: expected one of {', '.join(SUITES)}, got {name!r}")
     parts = list(_PARTS) if name == "standard" else [name]

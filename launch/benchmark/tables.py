@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from launch.benchmark import scaling
 from launch.benchmark.records import Record, case_key, case_label, source_label
 
 _HEADERS = (
@@ -29,7 +30,8 @@ def markdown(files: Sequence[Sequence[Record]]) -> str:
     """A section per suite; values of several files stand side by side, in their order.
 
     Suites that compare implementations have a table per case, sweeps one with a line per case and
-    implementation. What is not available is said below a table.
+    implementation. What is not available is said below a table. Records of several ranks have a
+    table of how they scale as well.
     """
     every = [record for records in files for record in records]
     lines: list[str] = []
@@ -43,6 +45,8 @@ def markdown(files: Sequence[Sequence[Record]]) -> str:
                 lines += [f"### {case_label(case[0])}", "", *_table([case], every)]
         else:
             lines += _table(cases, every)
+        if scaling.is_scaling(here):
+            lines += ["Over several ranks:", "", scaling.markdown(here), ""]
     return "\n".join(lines)
 
 

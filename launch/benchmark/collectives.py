@@ -1,0 +1,96 @@
+"""This library's collectives: what they take by themselves, and a step that need not wait for them.
+
+Legend: N tokens, D hidden size, W ranks, R rows of statistics.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from cce_tp import sharding, stats
+from launch.benchmark.measure import Meter
+
+# Of every loss: maximum, sum, target's logit.
+_ROWS = 3
+
+
+def by_themselves(
+    meter: Meter, hidden: Tensor, group: Any, sequence_parallel: bool
+) -> dict[str, float]:
+    """Medians in milliseconds of each collective of a plain loss, by name.
+
+    Args:
+        meter: measures all ranks together.
+        hidden: (N, D) of all tokens.
+        group: process group of W ranks that hold the vocabulary.
+        sequence_parallel: each rank holds N / W tokens.
+    """
+    name, ranks = group.group_name, group.size()
+    packed = torch.zeros(_ROWS, len(hidden), device=hidden.device)
+    partial = torch.zeros_like(hidden)
+    steps: dict[str, Callable[[], Any]] = {
+        "all-gather of statistics": lambda: sharding.gather_tokens(packed, name)
+    }
+    if sequence_parallel:
+        part = partial[: len(hidden) // ranks].clone()
+        steps["all-gather of E"] = lambda: sharding.gather_tokens(part, name)
+        steps["reduce-scatter of dE"] = lambda: _reduce(partial, part, name)
+    else:
+        steps["all-reduce of dE"] = lambda: _reduce(partial, None, name)
+    return {key: meter.time(step, share=0.5).median_ms for key, step in steps.items()}
+
+
+def _reduce(partial: Tensor, out: Tensor | None, group_name: str) -> None:
+    reduction = sharding.InputGradReduction(partial, out, group_name)
+    reduction.start()
+    reduction.wait()
+
+
+@contextlib.contextmanager
+def at_hand(step: Callable[[], Any]) -> Iterator[None]:
+    """While this is open, what the library's collectives gave during one `step` is what they give.
+
+    A step then does the same work on the same numbers, and neither communicates nor waits: what
+    it takes less is what the collectives expose. The sum of dE is left out, as nothing reads it.
+
+    Args:
+        step: run once before; the steps to be timed are the same.
+    """
+    gather, given = sharding.gather_tokens, []
+
+    def record(local: Tensor, group_name: str) -> Tensor:
+        given.append(gather(local, group_name))
+        return given[-1]
+
+    def merged(rows_of: Callable[[Tensor, str], Tensor]) -> Callable[..., Tensor]:
+        def merge(packed: Tensor, rows: stats.StatRows, group_name: str) -> Tensor:
+            return stats.merge(rows_of(packed, group_name).view(-1, *packed.shape), rows)
+
+        return merge
+
+    with _replaced(gather_tokens=record, merge_over_group=merged(record)):
+        step()
+    again = itertools.cycle(given)
+    silent = sharding.InputGradReduction
+
+    def hand_out(local: Tensor, group_name: str) -> Tensor:
+        del local, group_name
+        return next(again)
+
+    with _replaced(
+        gather_tokens=hand_out,
+        merge_over_group=merged(hand_out),
+        InputGradReduction=lambda partial, out, group_name: silent(partial, out, ""),
+    ):
+        yield
+
+
+def _replaced(**functions: Any) -> Any:
+    return mock.patch.multiple(sharding, **functions)
