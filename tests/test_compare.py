@@ -1,0 +1,85 @@
+"""launch.compare: what is measured of a run, and the search for the largest micro-batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import compare
+from launch.compare import Attempt
+from launch_runs import ROOT
+
+pytestmark = pytest.mark.no_poison
+
+
+def made_up(fixed_mib: float, per_sequence_mib: float, room_mib: float) -> Any:
+    """Attempts of a model whose memory is that; and the sizes that were tried."""
+    tried: list[int] = []
+
+    def attempt(size: int) -> Attempt:
+        tried.append(size)
+        peak = fixed_mib + per_sequence_mib * size
+        if peak > room_mib:
+            return Attempt("cce", size, "out of memory")
+        return Attempt("cce", size, "ok", peak_mib=peak)
+
+    return attempt, tried
+
+
+@pytest.mark.parametrize("room", [79_000, 70_000], ids=["limit-is-right", "limit-is-too-high"])
+@pytest.mark.parametrize(("fixed", "each"), [(10_000, 137.0), (2_000, 9_000.0), (50_000, 2.0)])
+def test_search_finds_the_largest(fixed: float, each: float, room: float) -> None:
+    attempt, tried = made_up(fixed, each, room)
+    first = attempt(4)
+    fits, fails = compare.search(attempt, first, 79_000, tries=11)
+    largest = int((room - fixed) / each)
+    assert fails is not None and fits.micro_batch <= max(4, largest) < fails
+    assert fails - fits.micro_batch <= max(1, 0.02 * fits.micro_batch)
+    assert len(tried) == len(set(tried)) <= 12
+
+
+def test_a_failure_that_is_not_of_memory_ends_the_search() -> None:
+    first = Attempt("cce", 4, "ok", peak_mib=100.0)
+    tried: list[int] = []
+
+    def attempt(size: int) -> Attempt:
+        tried.append(size)
+        return Attempt("cce", size, "failed")
+
+    assert compare.search(attempt, first, 1000, tries=5) == (first, None)
+    assert len(tried) == 1
+
+
+def test_what_is_measured() -> None:
+    records = [{"iteration": i, "loss": 1.0, "tokens_per_s": 1.0, "peak_mib": 5.0} for i in (1, 2)]
+    records += [{"iteration": 3, "loss": 1.0, "tokens_per_s": 1.0, "peak_mib": 9.0}]
+    records += [{"iteration": 4 + i, "loss": 1.0, "tokens_per_s": s, "peak_mib": 7.0}
+                for i, s in enumerate((1000.0, 2000.0, 4000.0))]  # fmt: skip
+    found = compare.measured("cce", 2, 4000, [*records, {"iteration": 6, "validation_loss": 1.0}])
+    assert (found.step_ms, found.tokens_per_s, found.peak_mib) == (2000.0, 2000.0, 9.0)
+    assert found.low_ms == 1000.0 and found.high_ms == 4000.0
+    shown = compare.table([(found, Attempt("cce", 9, "ok"), 10)])
+    assert "2000.0 (1000.0-4000.0) | 2,000 | 0.01 | at least 9, below 10" in shown
+
+
+def test_one_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    flags = ["--config", "configs/tiny_cpu.yaml", "--losses", "cce", "--steps", "2"]
+    flags += ["--micro-batch", "1", "--out", str(tmp_path / "rows.jsonl")]
+    assert compare.main([*flags, "megatron.tensor_model_parallel_size=1"]) == 0
+    (line,) = (tmp_path / "rows.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert found["status"] == "ok" and found["step_ms"] > 0 and found["peak_mib"] > 0
+    assert "| cce, micro-batch 1 |" in capsys.readouterr().out
+
+
+def test_the_reason_of_a_failure_is_found() -> None:
+    assert compare.why("a\nlaunch.pretrain: x: expected y\nb") == "launch.pretrain: x: expected y"
+    assert compare.why("[rank1]: ValueError: bad\n[rank0]: x").endswith("ValueError: bad")
+    assert compare.why("nothing known") == "nothing known"
