@@ -2,8 +2,7 @@
 
 Run with CCE_TP_TEST_BACKEND=nccl (see `ranks`); the small tests of sharding take it as well:
 
-    CCE_TP_TEST_BACKEND=nccl bash tests/run.sh tests/test_nccl.py tests/test_sharded.py \\
-        tests/test_sequence_parallel.py tests/test_handshake.py tests/test_filter.py
+    CCE_TP_TEST_BACKEND=nccl python -m pytest tests/test_nccl.py tests/test_sharded.py
 
 Legend: N tokens, V global vocabulary, W ranks, D hidden size.
 """
