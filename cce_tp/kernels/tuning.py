@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from cce_tp.kernels import tuned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,18 +52,35 @@ _INTERPRETER = TileConfig(
 )
 
 # (capability from, bytes per element) -> configuration; the highest capability not above the
-# device's wins. Chosen to fit the shared memory of the smallest part of each generation: 8.0 163
-# KiB, 8.6/8.9/12.0 99 KiB, 9.0/10.0 227 KiB per block.
+# device's wins. All fit the shared memory of the smallest part of their generation: 8.0 163 KiB,
+# 8.6/8.9/12.0 99 KiB, 9.0/10.0 227 KiB per block. Where nothing else is said, that and being built
+# without register spills (tests/test_compile_targets.py) is all that chose them: nobody has timed
+# them yet. `python -m launch.tune` does.
 _CONFIGS: dict[tuple[int, int], TileConfig] = {
     (80, 2): TileConfig(block_n=128, block_v=256, block_d=32, num_stages=3),
     (80, 4): TileConfig(block_n=64, block_v=128, block_d=32, num_warps=4, num_stages=3),
     (86, 2): TileConfig(block_n=128, block_v=128, block_d=32, num_stages=3),
     (86, 4): TileConfig(block_n=64, block_v=64, block_d=32, num_warps=4, num_stages=3),
+    # Measured on an H200, torch 2.11, Triton 3.6, at 8192 x 2304 x 256000, 8192 x 4096 x 128256
+    # and 8192 x 8192 x 16032: forward pass 0.99, 0.98, 1.00 gemm, G^T 1.05, 1.02, 1.03 gemm.
     (90, 2): TileConfig(block_n=128, block_v=256, block_d=64, num_stages=3),
     (90, 4): TileConfig(block_n=64, block_v=128, block_d=32, num_warps=4, num_stages=3),
     (120, 2): TileConfig(block_n=128, block_v=128, block_d=32, num_stages=3),
     (120, 4): TileConfig(block_n=64, block_v=64, block_d=32, num_warps=4, num_stages=3),
 }
+
+_forced: TileConfig | None = None
+
+
+@contextlib.contextmanager
+def forced(config: TileConfig) -> Iterator[None]:
+    """Every kernel takes this configuration while this is open: for the tuner."""
+    global _forced
+    before, _forced = _forced, config
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def ceil_div(size: int, step: int) -> int:
@@ -89,12 +110,25 @@ def _device_properties(index: int) -> tuple[int, int]:
     return 10 * major + minor, torch.cuda.get_device_properties(index).multi_processor_count
 
 
+@functools.cache
+def _device_config(index: int, itemsize: int) -> TileConfig:
+    capability, _ = _device_properties(index)
+    shipped = tile_config(capability, itemsize)
+    if not tuned.enabled():
+        return shipped
+    name = tuned.key(torch.cuda.get_device_name(index), capability, itemsize)
+    return tuned.find(name, TileConfig) or shipped
+
+
 def config_for(tensor: Tensor) -> tuple[TileConfig, int]:
-    """(configuration, number of persistent programs) for the tensor's device and element size."""
+    """(configuration, number of persistent programs) for the tensor's device and element size.
+
+    The configuration is the shipped one; with CCE_TP_TUNED=1 what `tuned` has for the device.
+    """
     if is_interpreted():
-        return _INTERPRETER, 3
-    capability, processors = _device_properties(tensor.device.index or 0)
-    return tile_config(capability, tensor.element_size()), processors
+        return _forced or _INTERPRETER, 3
+    index = tensor.device.index or 0
+    return _forced or _device_config(index, tensor.element_size()), _device_properties(index)[1]
 
 
 def use_descriptors(*matrices: Tensor) -> bool:
