@@ -1,10 +1,12 @@
 """Compile every Triton kernel for one GPU architecture, without a GPU. Run as a script by a test.
 
     python tests/compile_kernels.py 90
+    TRITON_DUMP_PTXAS_LOG=1 TRITON_ALWAYS_COMPILE=1 python tests/compile_kernels.py 90 bf16 plain
 
-The library is called as users call it, on CPU tensors; in place of a launch, the kernel is
-compiled for the arguments it was given. Prints one line of JSON per kernel: name, dtype, variant,
-shared (bytes) or error.
+The second one, of one dtype and set of features, also prints what the assembler says. The library
+is called as users call it, on CPU tensors; in place of a launch, the kernel is compiled for the
+arguments it was given. Prints one line of JSON per kernel: name, dtype, variant, shared (bytes) or
+error.
 """
 
 from __future__ import annotations
@@ -142,14 +144,15 @@ def _first_tile_kept(*args: Any, **kwargs: Any) -> TileMasses:
     return masses
 
 
-def main(capability: int) -> None:
+def main(capability: int, *only: str) -> None:
+    """Compile the cases of CASES, or those of one dtype and set of features."""
     compiler = Compiler(capability)
 
     def run(self: JITFunction, *args: Any, **kwargs: Any) -> None:
         compiler.run(self, *args, **kwargs)
 
     for name, hidden, features, lowest in CASES:
-        if capability < lowest:
+        if capability < lowest or (only and only != (name, features)):
             continue
         dtype = DTYPES[name]
         config = tuning.tile_config(capability, dtype.itemsize)
@@ -167,4 +170,4 @@ def main(capability: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])

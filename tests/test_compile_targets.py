@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,20 +23,25 @@ SCRIPT = Path(__file__).parent / "compile_kernels.py"
 TIMEOUT_S = 280
 
 
-def _compile(capability: int) -> list[dict[str, Any]]:
+def _output(*arguments: str, **more: str) -> str:
     """In a process of its own: this one may have Triton's interpreter in place of its compiler."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     paths = [str(SCRIPT.parent.parent), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(capability)],
-        env=environment,
+        [sys.executable, str(SCRIPT), *arguments],
+        env={**environment, **more},
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return done.stdout
+
+
+def _compile(capability: int) -> list[dict[str, Any]]:
+    lines = _output(str(capability)).splitlines()
+    return [json.loads(line) for line in lines if line.startswith("{")]
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +64,47 @@ def test_kernels_build_and_fit(
     kernels = {result["kernel"] for result in results}
     assert kernels == _kernels_in_the_source()
     assert {result["dtype"] for result in results} == {"bf16", "fp16", "fp32"}
+
+
+# The assembler cannot overlap the tensor cores' instructions with anything else.
+SERIALISED = ("C7515", "wgmma.mma_async instructions are serialized")
+PROPERTIES = re.compile(
+    r"Function properties for (\w+)\s+\d+ bytes stack frame, (\d+) bytes spill stores, "
+    r"(\d+) bytes spill loads"
+)
+
+
+def _complaints(log: str) -> tuple[set[str], list[str]]:
+    """(kernels that the assembler's log tells of, what it should not have said)."""
+    told = PROPERTIES.findall(log)
+    found = [
+        f"{kernel} spills {stores} + {loads} bytes"
+        for kernel, stores, loads in told
+        if stores != "0" or loads != "0"
+    ]
+    found += [line for line in log.splitlines() if any(word in line for word in SERIALISED)]
+    return {kernel for kernel, _, _ in told}, found
+
+
+def test_plain_kernels_on_hopper_neither_spill_nor_serialise() -> None:
+    """Forward pass and G^T without options in bf16: what the speed of the exact path stands on."""
+    log = _output("90", "bf16", "plain", TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
+    kernels, complaints = _complaints(log)
+    assert {"tile_statistics_kernel", "grad_logits_kernel"} <= kernels
+    assert not complaints
+
+
+def test_what_the_assembler_should_not_say_is_found() -> None:
+    log = """ptxas info    : Function properties for a_kernel
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized
+ptxas info    : Function properties for b_kernel
+    64 bytes stack frame, 80 bytes spill stores, 84 bytes spill loads
+"""
+    kernels, complaints = _complaints(log)
+    assert kernels == {"a_kernel", "b_kernel"}
+    assert complaints[0] == "b_kernel spills 80 + 84 bytes" and "C7515" in complaints[1]
+    assert len(complaints) == 2
 
 
 def _kernels_in_the_source() -> set[str]:

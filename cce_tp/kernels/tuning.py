@@ -53,9 +53,9 @@ _INTERPRETER = TileConfig(
 
 # (capability from, bytes per element) -> configuration; the highest capability not above the
 # device's wins. All fit the shared memory of the smallest part of their generation: 8.0 163 KiB,
-# 8.6/8.9/12.0 99 KiB, 9.0/10.0 227 KiB per block. Where nothing else is said, that and being built
-# without register spills (tests/test_compile_targets.py) is all that chose them: nobody has timed
-# them yet. `python -m launch.tune` does.
+# 8.6/8.9/12.0 99 KiB, 9.0/10.0 227 KiB per block. Where nothing else is said, that is all that
+# chose them: nobody has timed them yet, and in fp32 without TF32 they spill registers. `python -m
+# launch.tune` finds better ones.
 _CONFIGS: dict[tuple[int, int], TileConfig] = {
     (80, 2): TileConfig(block_n=128, block_v=256, block_d=32, num_stages=3),
     (80, 4): TileConfig(block_n=64, block_v=128, block_d=32, num_warps=4, num_stages=3),
