@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterable
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -15,33 +17,43 @@ from cce_tp.problem import LocalLogits
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
-@functools.cache
-def _parameters(kernel: Any) -> tuple[list[str], list[str]]:
-    """(other parameters, constexpr parameters) of a kernel; the latter are named in capitals."""
+# Functions from a kernel's arguments by name to its others and its constexpr ones, in order. By the
+# kernel's Python function: Triton's own object takes long to hash.
+_in_order: dict[Any, tuple[Callable[[dict[str, Any]], tuple[Any, ...]], ...]] = {}
+
+
+def _take_apart(kernel: Any) -> tuple[Callable[[dict[str, Any]], tuple[Any, ...]], ...]:
+    """Fills `_in_order`; constexpr parameters are named in capitals."""
     names = kernel.arg_names
     constants = [name for name in names if name.isupper() and len(name) > 1]
     others = [name for name in names if name not in constants]
     assert names == [*others, *constants], f"{kernel}: constexpr parameters come last"
-    return others, constants
+    assert len(others) > 1 and len(constants) > 1, f"{kernel}: several of each kind"
+    return _in_order.setdefault(kernel.fn, (itemgetter(*others), itemgetter(*constants)))
 
 
-def _kind(value: Any) -> Any:
-    """What Triton specialises a kernel on, of one argument: equal kinds, equal machine code.
+def _kinds(values: Iterable[Any]) -> list[Any]:
+    """What Triton specialises a kernel on, of arguments: equal kinds, equal machine code.
 
     Of an integer it is whether it is 1, divisible by 16, or beyond 32 bits; of a pointer its dtype
     and whether it is aligned.
     """
-    cls = value.__class__
-    if cls is int:
-        # Strings, since 1 and True would be one key.
-        kind = "one" if value == 1 else "multiple" if value & 15 == 0 else "any"
-        return kind if -(2**31) <= value < 2**31 else (kind, "wide")
-    if cls is float or value is None:
-        return cls
-    if cls is TensorDescriptor:
-        base = value.base
-        return base.dtype, base.get_device(), *value.block_shape
-    return value.dtype, value.get_device(), value.data_ptr() & 15 == 0
+    kinds: list[Any] = []
+    add = kinds.append
+    for value in values:
+        cls = value.__class__
+        if cls is int:
+            # Strings, since 1 and True would be one key.
+            kind = "one" if value == 1 else "multiple" if value & 15 == 0 else "any"
+            add(kind if -(2**31) <= value < 2**31 else kind + ", wide")
+        elif cls is float or value is None:
+            add(cls)
+        elif cls is TensorDescriptor:
+            base = value.base
+            add((base.dtype, base.get_device(), *value.block_shape))
+        else:
+            add((value.dtype, value.get_device(), value.data_ptr() & 15))
+    return kinds
 
 
 def launch(
@@ -58,10 +70,9 @@ def launch(
         num_warps, num_stages: Triton's launch options.
         arguments: all parameters of the kernel, by name.
     """
-    other_names, constant_names = _parameters(kernel)
-    others = [arguments[name] for name in other_names]
-    constants = [arguments[name] for name in constant_names]
-    key = (kernel.fn, num_warps, num_stages, *constants, *map(_kind, others))
+    pick_others, pick_constants = _in_order.get(kernel.fn) or _take_apart(kernel)
+    others, constants = pick_others(arguments), pick_constants(arguments)
+    key = (kernel.fn, num_warps, num_stages, *constants, *_kinds(others))
     compiled = _compiled.get(key)
     if compiled is not None:
         compiled[(grid, 1, 1)](*others, *constants)
