@@ -209,13 +209,16 @@ def _check_tensors(
     for name, tensor in (("linear_weight", weight), ("linear_bias", bias)):
         if tensor is not None and tensor.dtype not in _FLOATS:
             fail(name, "dtype fp32, fp16, bf16 or fp64", str(tensor.dtype))
+    device = input.device
     for name, tensor in given.items():
-        if tensor.device != input.device:
-            fail(name, f"input's device {input.device}", str(tensor.device))
+        if tensor.device != device:
+            fail(name, f"input's device {device}", str(tensor.device))
     if grad_weight_out is not None:
         _check_grad_weight_out(grad_weight_out, weight)
-    flat = input.reshape(-1, hidden)
-    return Operands(flat, weight, bias, target.reshape(-1).long(), grad_weight_out), shard
+    # A view of what is flat already would be one more node of the graph for autograd to walk.
+    flat = input if input.dim() == 2 else input.reshape(-1, hidden)
+    ids = target if target.dim() == 1 else target.reshape(-1)
+    return Operands(flat, weight, bias, ids.long(), grad_weight_out), shard
 
 
 def _gathered(input: Tensor, parts: int) -> tuple[int, ...]:

@@ -21,9 +21,11 @@ from cce_tp.stats import LossStats, StatRows, unpack_ids
 
 def _serves(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether a tensor can be an operand as it is: its dtype, and rows that do not overlap."""
-    if tensor.dtype != dtype or tensor.stride(-1) != 1:
+    if tensor.dtype != dtype:
         return False
-    return tensor.dim() == 1 or tensor.stride(0) >= tensor.shape[1]
+    if tensor.is_contiguous():
+        return True
+    return tensor.stride(-1) == 1 and (tensor.dim() == 1 or tensor.stride(0) >= tensor.shape[1])
 
 
 def _operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,8 +28,13 @@ def _take_apart(kernel: Any) -> tuple[Callable[[dict[str, Any]], tuple[Any, ...]
     constants = [name for name in names if name.isupper() and len(name) > 1]
     others = [name for name in names if name not in constants]
     assert names == [*others, *constants], f"{kernel}: constexpr parameters come last"
-    assert len(others) > 1 and len(constants) > 1, f"{kernel}: several of each kind"
-    return _in_order.setdefault(kernel.fn, (itemgetter(*others), itemgetter(*constants)))
+    return _in_order.setdefault(kernel.fn, (_picker(others), _picker(constants)))
+
+
+def _picker(names: list[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda arguments: tuple(arguments[name] for name in names)
 
 
 def _kinds(values: Iterable[Any]) -> list[Any]:

@@ -137,14 +137,20 @@ def use_descriptors(*matrices: Tensor) -> bool:
         capability, _ = _device_properties(matrices[0].device.index or 0)
         if capability < 90:
             return False
-    return all(
-        matrix.data_ptr() % 16 == 0
-        and matrix.stride(1) == 1
-        and matrix.stride(0) >= matrix.shape[1]
-        and matrix.stride(0) * matrix.element_size() % 16 == 0
-        and matrix.numel() > 0
-        for matrix in matrices
-    )
+    for matrix in matrices:
+        row, column = matrix.stride()
+        rows, columns = matrix.shape
+        addressable = (
+            column == 1
+            and row >= columns
+            and row * matrix.itemsize % 16 == 0
+            and matrix.data_ptr() % 16 == 0
+            and rows > 0
+            and columns > 0
+        )
+        if not addressable:
+            return False
+    return True
 
 
 def input_precision(dtype: torch.dtype) -> str:
