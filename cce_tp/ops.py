@@ -11,7 +11,7 @@ D hidden size.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -27,38 +27,29 @@ from cce_tp.workspace import default_workspace_bytes
 
 _LIBRARY = torch.library.Library("cce_tp", "DEF")
 
-# LocalLogits' fields, in the order of every schema that takes them.
-_LOGITS_FIELDS = (
-    "input",
-    "weight",
-    "bias",
-    "target",
-    "first_id",
-    "logit_scale",
-    "logit_softcap",
-)
+# LocalLogits' fields, in their order.
 _LOGITS_SCHEMA = (
     "Tensor input, Tensor weight, Tensor? bias, Tensor target, "
     "int first_id, float logit_scale, float? logit_softcap"
 )
 # LossTerms' fields, likewise.
-_TERMS_FIELDS = ("reduction", "ignore_index", "label_smoothing", "z_loss", "vocab_size")
 _TERMS_SCHEMA = (
     "str reduction, int ignore_index, float label_smoothing, float z_loss, int vocab_size"
 )
 _ROWS_SCHEMA = "bool logit_sum, bool entropy, bool argmax"
 
 
-def _take(fields: tuple[str, ...], arguments: tuple[Any, ...]) -> tuple[dict[str, Any], Any]:
-    """The leading arguments by name, and the rest."""
-    count = len(fields)
-    return dict(zip(fields, arguments[:count], strict=True)), arguments[count:]
+_TERMS_AT = len(LocalLogits._fields)
+_REST_AT = _TERMS_AT + len(LossTerms._fields)
 
 
 def _split(arguments: tuple[Any, ...]) -> tuple[LocalLogits, LossTerms, tuple[Any, ...]]:
-    logits, rest = _take(_LOGITS_FIELDS, arguments)
-    terms, rest = _take(_TERMS_FIELDS, rest)
-    return LocalLogits(**logits), LossTerms(**terms), rest
+    logits, terms = arguments[:_TERMS_AT], arguments[_TERMS_AT:_REST_AT]
+    return LocalLogits(*logits), LossTerms(*terms), arguments[_REST_AT:]
+
+
+# How many torch-dispatch modes are active; where torch no longer tells, as if there was one.
+_modes_above: Any = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
 def _define(name: str, schema: str, implementation: Any, fake: Any) -> Any:
@@ -66,7 +57,17 @@ def _define(name: str, schema: str, implementation: Any, fake: Any) -> Any:
     _LIBRARY.define(f"{name}{schema}")
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"cce_tp::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.cce_tp, name).default
+    operator = getattr(torch.ops.cce_tp, name).default
+
+    def call(*arguments: Any) -> Any:
+        """The operator, where a compiler or another observer of operators may look on; else the
+        function itself, since the dispatcher takes as long as a launch to pass its arguments on.
+        """
+        if torch.compiler.is_compiling() or _modes_above() or type(arguments[0]) is not Tensor:
+            return operator(*arguments)
+        return implementation(*arguments)
+
+    return call
 
 
 def _budget(workspace_bytes: int | None, logits: LocalLogits, vocab_size: int) -> int:
@@ -76,12 +77,18 @@ def _budget(workspace_bytes: int | None, logits: LocalLogits, vocab_size: int) -
     return default_workspace_bytes(logits.target.shape[0], logits.input.shape[1], vocab_size)
 
 
-def _execution_context(tensor: Tensor) -> ExitStack:
+_NOTHING_TO_CHANGE = nullcontext()
+
+
+def _execution_context(tensor: Tensor) -> AbstractContextManager[Any]:
     """Run on the tensor's device and without autocast, which would redo casts."""
+    elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
+    if not elsewhere and not torch.is_autocast_enabled(tensor.device.type):
+        return _NOTHING_TO_CHANGE
     stack = ExitStack()
     if torch.is_autocast_enabled(tensor.device.type):
         stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
-    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+    if elsewhere:
         stack.enter_context(torch.cuda.device(tensor.device))
     return stack
 
