@@ -310,6 +310,24 @@ def test_two_ranks_with_half_of_the_tokens_each(tmp_path: Path) -> None:
     assert "2 ranks, gloo, sequence parallel" in tables.markdown([found])
 
 
+def teams(rank: Rank, sizes: tuple[int, ...]) -> list[tuple[int, int, int]]:
+    """(rank, size, sum of the world ranks) of this rank's team of each size; asked twice."""
+    world = World(dist.get_rank(), dist.get_world_size(), CPU, "gloo", dist.group.WORLD)
+    found = []
+    for size in (*sizes, *sizes):
+        team, total = world.team(size), torch.tensor([world.rank])
+        if team.group is not None:
+            dist.all_reduce(total, group=team.group)
+        found.append((team.rank, team.size, int(total)))
+    return found
+
+
+def test_teams_are_blocks_of_ranks(pool: RankPool) -> None:
+    for rank, found in enumerate(pool.run(teams, (1, 2, 4), group="world")):
+        wanted = [(0, 1, rank), (rank % 2, 2, 1 if rank < 2 else 5), (rank, 4, 6)]
+        assert found == wanted + wanted
+
+
 def loss_without_communication(rank: Rank) -> tuple[float, float, list[str]]:
     """(loss of a step, of the same with its collectives' results at hand, collectives called)."""
     shard = replace(VocabShard.even(96, rank.group), sequence_parallel=True)

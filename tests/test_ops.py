@@ -78,6 +78,18 @@ def test_opcheck(impl: str, name: str) -> None:
         torch.library.opcheck(func, args, kwargs)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_equal_bits_whether_or_not_somebody_looks_on(name: str) -> None:
+    """Without a dispatch mode the function behind an operator is called, and no operator."""
+    problem = Problem(bias=True, options=CASES[name])
+    alone = solve(problem, DEVICE)
+    with _Recorder() as recorder:
+        watched = solve(problem, DEVICE)
+    assert len(recorder.calls) == 2
+    for field in ("loss", "lse", "grad_input", "grad_weight", "grad_bias"):
+        assert same_bits(getattr(alone, field), getattr(watched, field)), field
+
+
 def test_opcheck_of_accumulation() -> None:
     out = torch.zeros(70, 16, device=DEVICE)
     for func, args, kwargs in recorded_calls({"grad_weight_out": out}, "torch"):
