@@ -54,8 +54,7 @@ _INTERPRETER = TileConfig(
 # (capability from, bytes per element) -> configuration; the highest capability not above the
 # device's wins. All fit the shared memory of the smallest part of their generation: 8.0 163 KiB,
 # 8.6/8.9/12.0 99 KiB, 9.0/10.0 227 KiB per block. Where nothing else is said, that is all that
-# chose them: nobody has timed them yet, and in fp32 without TF32 they spill registers. `python -m
-# launch.tune` finds better ones.
+# chose them: nobody has timed them yet. `python -m launch.tune` does.
 _CONFIGS: dict[tuple[int, int], TileConfig] = {
     (80, 2): TileConfig(block_n=128, block_v=256, block_d=32, num_stages=3),
     (80, 4): TileConfig(block_n=64, block_v=128, block_d=32, num_warps=4, num_stages=3),
@@ -64,6 +63,8 @@ _CONFIGS: dict[tuple[int, int], TileConfig] = {
     # Measured on an H200, torch 2.11, Triton 3.6, at 8192 x 2304 x 256000, 8192 x 4096 x 128256
     # and 8192 x 8192 x 16032: forward pass 0.99, 0.98, 1.00 gemm, G^T 1.05, 1.02, 1.03 gemm.
     (90, 2): TileConfig(block_n=128, block_v=256, block_d=64, num_stages=3),
+    # Not timed. Without TF32 it spills 10 KiB a thread (Triton 3.7); 64 x 128 x 16 with 8 warps
+    # does not.
     (90, 4): TileConfig(block_n=64, block_v=128, block_d=32, num_warps=4, num_stages=3),
     (120, 2): TileConfig(block_n=128, block_v=128, block_d=32, num_stages=3),
     (120, 4): TileConfig(block_n=64, block_v=64, block_d=32, num_warps=4, num_stages=3),
