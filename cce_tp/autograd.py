@@ -36,7 +36,7 @@ def _unpack(
     packed_RN: Tensor,
     log_sum_N: Tensor,
     target_N: Tensor,
-    totals_3: Tensor | None,
+    totals_4: Tensor | None,
     options: LossOptions,
 ) -> LossStats:
     rows = options.rows
@@ -46,10 +46,10 @@ def _unpack(
     if rows.entropy:
         # -sum p log p = lse - sum p x, with x relative to the maximum.
         entropy_N = log_sum_N - packed_RN[rows.entropy_row] / sum_N
-    tiles_kept = far_mass = None
-    if totals_3 is not None:
-        tiles_kept = totals_3[0] / totals_3[1].clamp(min=1)
-        far_mass = totals_3[2] / valid_N.sum().clamp(min=1)
+    tiles_kept = far_mass = far_deviation = None
+    if totals_4 is not None:
+        tiles_kept = totals_4[0] / totals_4[1].clamp(min=1)
+        far_mass, far_deviation = totals_4[2:] / valid_N.sum().clamp(min=1)
     return LossStats(
         lse=max_N + log_sum_N,
         target_logit=torch.where(valid_N, packed_RN[StatRows.TARGET], 0.0),
@@ -59,6 +59,7 @@ def _unpack(
         entropy=entropy_N,
         tiles_kept=tiles_kept,
         far_mass=far_mass,
+        far_deviation=far_deviation,
     )
 
 
@@ -138,7 +139,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             options.workspace_bytes,
             options.impl,
         )
-        totals_3 = far.pop() if far_budget is not None and rows.argmax else None
+        totals_4 = far.pop() if far_budget is not None and rows.argmax else None
         ctx.save_for_backward(*operands, normaliser_2N, count, *far, *anchors)
         ctx.num_far = len(far)
         # Not saved through save_for_backward: it is accumulated into between forward and backward.
@@ -147,7 +148,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         ctx.grad_dtypes = (input.dtype, weight.dtype, None if bias is None else bias.dtype)
         if not rows.argmax:
             return (loss,)
-        statistics = _unpack(packed_RN, normaliser_2N[1], target, totals_3, options)
+        statistics = _unpack(packed_RN, normaliser_2N[1], target, totals_4, options)
         ctx.mark_non_differentiable(*(each for each in statistics if each is not None))
         return (loss, *statistics)
 

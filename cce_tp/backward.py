@@ -65,16 +65,40 @@ class _Strip:
     stop: int
     rows: Tensor | None
 
-    def store(self, sink: Tensor, value: Tensor, *, accumulate: bool) -> None:
-        """sink[rows of the strip] = or += value, which it may overwrite."""
-        if self.rows is None:
-            part = sink[self.start : self.stop]
-            part.add_(value) if accumulate else part.copy_(value)
-            return
-        if accumulate:
-            # Added in the wider dtype, rounded once; the rows of a permutation are distinct.
-            value += sink.index_select(0, self.rows)
-        sink.index_copy_(0, self.rows, value.to(sink.dtype))
+
+class _Loan:
+    """The last rows of dC, lent to G^T during a walk over rows that are listed.
+
+    Those of the listed rows that lie there are held elsewhere until the walk is done."""
+
+    def __init__(self, backend: Backend, grad_weight: Tensor, rows: Tensor, late: int) -> None:
+        self._backend, self._out = backend, grad_weight
+        self._first = far_field.first_late_row(grad_weight.shape[0])
+        is_late = rows >= self._first
+        slot = torch.cumsum(is_late, dim=0) - 1
+        self._direct = torch.where(is_late, -1, rows)
+        self._slot = torch.where(is_late, slot, -1)
+        home = rows.new_full((late + 1,), -1)  # the last entry takes what is not late
+        home.scatter_(0, torch.where(is_late, slot, late), rows)
+        self._home = home[:late]
+        self._held = grad_weight.new_empty(late, grad_weight.shape[1])
+
+    def buffer(self, columns: int, tokens: int, dtype: torch.dtype) -> Tensor:
+        """(columns, padded tokens) in the lent rows."""
+        flat, first = _aligned(self._out, self._first, dtype)
+        width = _padded(tokens)
+        return flat[first : first + columns * width].view(columns, width)
+
+    def store(self, start: int, value: Tensor) -> None:
+        """Listed rows from `start` on = value."""
+        stop = start + value.shape[0]
+        scatter = self._backend.scatter_rows
+        scatter(self._out, self._direct[start:stop], value, accumulate=False)
+        scatter(self._held, self._slot[start:stop], value, accumulate=False)
+
+    def settle(self) -> None:
+        """Put the held rows where they belong."""
+        self._backend.scatter_rows(self._out, self._home, self._held, accumulate=False)
 
 
 class _Columns:
@@ -172,17 +196,23 @@ class _BackwardPass:
         itemsize, wide = self.logits.input.element_size(), self.sum_dtype.itemsize
         dE, dC = self.sinks.input, self.sinks.weight
         gathers, copies = self.gathers, copies_operands(self.logits.input)
-        weight_row = lent_row = 0
+        fixed = self.backend.tile_bytes(self.logits) + self.far_bytes
+        if self.eps is not None:
+            fixed += BYTES_PER_ORDERED_ROW * vocab
+        weight_row = lent_row = loan_columns = 0
+        gradient_row = _padded(num_tokens) * itemsize
         if dC is not None:
             if not self._direct(dC):
-                made = self._product_dtype(dC).itemsize
-                other = made != dC.itemsize or self.sinks.accumulate_weight
-                weight_row = hidden * (made + gathers * other * dC.itemsize)
-            if not (gathers or copies or self.sinks.accumulate_weight) and dC.is_contiguous():
-                lent_row = hidden * dC.itemsize
+                weight_row = hidden * self._product_dtype(dC).itemsize
+            if not (copies or self.sinks.accumulate_weight) and dC.is_contiguous():
+                if not gathers:
+                    lent_row = hidden * dC.itemsize
+                elif self.far is not None:
+                    rows = dC.shape[0] - far_field.first_late_row(dC.shape[0])
+                    loan_columns = max(0, rows * hidden * dC.itemsize - ALIGNMENT) // gradient_row
+                    fixed += self.far.late * hidden * dC.itemsize
         sums_apart = dE is not None and dE.dtype != self.sum_dtype
         sum_row = hidden * wide * (sums_apart + copies)
-        fixed = self.backend.tile_bytes(self.logits)
         return BackwardSizes(
             tokens=num_tokens,
             vocab=vocab,
@@ -196,8 +226,10 @@ class _BackwardPass:
             weight_accumulator=hidden * wide,
             weight_accumulates=dC is not None and dC.dtype == self.sum_dtype,
             lent_row=lent_row,
-            gradient_row=_padded(num_tokens) * itemsize,
-            fixed=fixed + self.far_bytes + (self.eps is not None) * BYTES_PER_ORDERED_ROW * vocab,
+            gradient_row=gradient_row,
+            loan_columns=loan_columns,
+            sequential=self.far is not None,
+            fixed=fixed,
             need_input=dE is not None,
             need_weight=dC is not None,
         )
@@ -229,7 +261,12 @@ class _BackwardPass:
         grad_input, grad_weight = self.sinks.input, self.sinks.weight if walk.weight else None
         assert grad_input is not None
         num_tokens, vocab = self.logits.shape[0], self.columns.count
-        buffer = self._buffer(walk.strip, walk.chunk)
+        loan = None
+        if walk.loan and grad_weight is not None and self.far is not None:
+            loan = _Loan(self.backend, grad_weight, self.far.rows, self.far.late)
+            buffer = loan.buffer(walk.strip, num_tokens, self.logits.input.dtype)
+        else:
+            buffer = self._buffer(walk.strip, walk.chunk)
         single = walk.strip >= vocab and not self._apart_once()
         for n0, n1 in blocks(num_tokens, walk.chunk):
             total = InputSum(grad_input[n0:n1], self.sum_dtype, in_place=single, borrow=walk.borrow)
@@ -251,10 +288,16 @@ class _BackwardPass:
                     total.finish(self.unscale)
                     if n1 == num_tokens:
                         self.sinks.input_done()
-                if grad_weight is not None:
+                inputs = logits.input
+                del logits  # gathered rows, before the temporaries of dC are made
+                if loan is not None:
+                    loan.store(start, self._weight_part(grad_VN, inputs, None))
+                elif grad_weight is not None:
                     later = n0 > 0 or self.sinks.accumulate_weight
-                    self._add_weight(grad_weight, strip, grad_VN, logits, kept, accumulate=later)
+                    self._add_weight(grad_weight, strip, grad_VN, inputs, kept, accumulate=later)
             del total  # before the next chunk's is allocated
+        if loan is not None:
+            loan.settle()
 
     def _whole_walk(self, walk: WholeWalk) -> None:
         """G^T in the memory of dC; dE from all of it, then dC over it, strip by strip."""
@@ -280,7 +323,7 @@ class _BackwardPass:
         for start, stop in blocks(vocab, walk.strip):
             copied = buffer[: stop - start, :num_tokens].copy_(grad_VN[start:stop])
             strip = _Strip(start, stop, None)
-            self._add_weight(grad_weight, strip, copied, self.logits, None, accumulate=False)
+            self._add_weight(grad_weight, strip, copied, self.logits.input, None, accumulate=False)
 
     def _strip_walk(self, walk: StripWalk, *, bias: bool) -> None:
         """Strips outside, token chunks inside: dC (and the bias gradient) with a sum in fp32."""
@@ -303,11 +346,13 @@ class _BackwardPass:
                     self._weight_product(total, grad_VN, logits.input, kept, accumulate=True)
                 elif grad_weight is not None:
                     add = self.sinks.accumulate_weight
-                    self._add_weight(grad_weight, strip, grad_VN, logits, kept, accumulate=add)
+                    inputs = logits.input
+                    del logits
+                    self._add_weight(grad_weight, strip, grad_VN, inputs, kept, accumulate=add)
             if total is not None and grad_weight is not None:
                 if self.unscale is not None:
                     total *= self.unscale
-                strip.store(grad_weight, total, accumulate=self.sinks.accumulate_weight)
+                self._store(strip, grad_weight, total, accumulate=self.sinks.accumulate_weight)
 
     def _buffer(self, strip: int, chunk: int) -> Tensor:
         return self.logits.input.new_empty(strip, _padded(chunk))
@@ -316,10 +361,8 @@ class _BackwardPass:
         """(stop - start, padded N) in the memory of the rows of dC after `stop`."""
         grad_weight = self.sinks.weight
         assert grad_weight is not None
-        flat = grad_weight.view(self.logits.input.dtype).view(-1)
-        itemsize, width = flat.element_size(), _padded(self.logits.shape[0])
-        first = -(-stop * grad_weight.stride(0) * grad_weight.itemsize // ALIGNMENT) * ALIGNMENT
-        first //= itemsize
+        flat, first = _aligned(grad_weight, stop, self.logits.input.dtype)
+        width = _padded(self.logits.shape[0])
         return flat[first : first + (stop - start) * width].view(stop - start, width)
 
     def _gradient(
@@ -359,7 +402,7 @@ class _BackwardPass:
         grad_weight: Tensor,
         strip: _Strip,
         grad_VN: Tensor,
-        logits: LocalLogits,
+        inputs: Tensor,
         kept: Any,
         *,
         accumulate: bool,
@@ -367,14 +410,31 @@ class _BackwardPass:
         """The strip's rows of dC = or += unscale * G^T E."""
         if self._direct(grad_weight):
             part = grad_weight[strip.start : strip.stop]
-            self._weight_product(part, grad_VN, logits.input, None, accumulate=accumulate)
+            self._weight_product(part, grad_VN, inputs, None, accumulate=accumulate)
             return
-        shape = (strip.stop - strip.start, logits.shape[2])
-        part = torch.empty(shape, dtype=self._product_dtype(grad_weight), device=grad_VN.device)
-        self._weight_product(part, grad_VN, logits.input, kept, accumulate=False)
+        part = self._weight_part(grad_VN, inputs, kept)
+        self._store(strip, grad_weight, part, accumulate=accumulate)
+
+    def _weight_part(self, grad_VN: Tensor, inputs: Tensor, kept: Any) -> Tensor:
+        """unscale * G^T E of a strip, in a tensor of its own."""
+        assert self.sinks.weight is not None
+        dtype = self._product_dtype(self.sinks.weight)
+        shape = (grad_VN.shape[0], inputs.shape[1])
+        part = torch.empty(shape, dtype=dtype, device=grad_VN.device)
+        self._weight_product(part, grad_VN, inputs, kept, accumulate=False)
         if self.unscale is not None:
             part *= self.unscale
-        strip.store(grad_weight, part, accumulate=accumulate)
+        return part
+
+    def _store(self, strip: _Strip, sink: Tensor, value: Tensor, *, accumulate: bool) -> None:
+        """sink[rows of the strip] = or += value."""
+        if strip.rows is not None:
+            # Added in the wider dtype, rounded once.
+            self.backend.scatter_rows(sink, strip.rows, value, accumulate=accumulate)
+        elif accumulate:
+            sink[strip.start : strip.stop].add_(value)
+        else:
+            sink[strip.start : strip.stop].copy_(value)
 
     def _add_bias(self, strip: _Strip, grad_VN: Tensor) -> None:
         if self.sinks.bias is None:
@@ -382,7 +442,16 @@ class _BackwardPass:
         part = grad_VN.sum(dim=1, dtype=self.sum_dtype)
         if self.unscale is not None:
             part *= self.unscale
-        strip.store(self.sinks.bias, part, accumulate=True)
+        if strip.rows is None:
+            self.sinks.bias[strip.start : strip.stop] += part
+        else:
+            self.sinks.bias.index_add_(0, strip.rows, part)  # distinct rows: no two meet
+
+
+def _aligned(grad_weight: Tensor, row: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """dC's memory as a flat tensor, and the first aligned element of it at `row` or after it."""
+    first = -(-row * grad_weight.stride(0) * grad_weight.itemsize // ALIGNMENT) * ALIGNMENT
+    return grad_weight.view(dtype).view(-1), first // dtype.itemsize
 
 
 def _padded(num_tokens: int) -> int:

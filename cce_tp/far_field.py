@@ -1,8 +1,8 @@
 """The sorted far field: the backward pass on the heavy tiles of the sorted vocabulary alone.
 
-Forward: the local rows are sorted by their average logit over the batch, the statistics are taken
-tile by tile in that order, and once the global log-sum-exp is known each (token, tile) has its
-probability mass. Tiles are kept by `GradFilter.far_field`'s rule. Backward: the kept tiles' rows
+Forward: the local rows are sorted by an estimate of their probability mass, the statistics are
+taken tile by tile in that order, and once the global log-sum-exp is known each (token, tile) has
+its mass. Tiles are kept by `GradFilter.far_field`'s rule. Backward: the kept tiles' rows
 are walked as the exact pass walks all rows; every other tile stands for its rows with their mean
 (for dE) and spreads its gradient evenly over them (for dC); one-hots in it are added apart, in
 fp32 and before anything is rounded. docs/far-field.md has the derivation.
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from cce_tp.filtering import vocabulary_order
+from cce_tp.filtering import mass_order
 from cce_tp.problem import LocalLogits, LogitGradient, LossTerms, statistics_dtype
 from cce_tp.products import add_product
 from cce_tp.stats import StatRows
@@ -51,13 +51,14 @@ class TileMasses(NamedTuple):
     """Attributes:
     mass: (T, N) each tile's softmax mass per token; with a cap, weighted by its derivative.
     slope: (T, N) sum of the cap's derivative, or (0, N) where nothing needs it.
-    total: (T,) fp32 probability mass in each tile, summed over the tokens that count.
+    totals: (2, T) fp32, over the tokens that count: probability mass in each tile; and a bound on
+        its distance from the mass spread evenly over the tile's rows.
     kept: (T,) int32, 1 for a tile that is kept.
     """
 
     mass: Tensor
     slope: Tensor
-    total: Tensor
+    totals: Tensor
     kept: Tensor
 
 
@@ -65,11 +66,11 @@ class FarField(NamedTuple):
     """What the forward pass leaves for the filtered backward pass, local to this rank.
 
     Attributes:
-        order: (V,) int64 local rows by average logit, highest first.
+        order: (V,) int64 local rows, the likeliest first.
         place: (N,) int64 place of the target's row in the order, or -1 if it is not here.
         target_logit: (N,) fp32 logit of the target.
         means: (T, D) mean row of each tile.
-        mass, slope, total, kept: as in `TileMasses`.
+        mass, slope, totals, kept: as in `TileMasses`.
     """
 
     order: Tensor
@@ -78,12 +79,12 @@ class FarField(NamedTuple):
     means: Tensor
     mass: Tensor
     slope: Tensor
-    total: Tensor
+    totals: Tensor
     kept: Tensor
 
     @property
     def masses(self) -> TileMasses:
-        return TileMasses(self.mass, self.slope, self.total, self.kept)
+        return TileMasses(self.mass, self.slope, self.totals, self.kept)
 
     @property
     def nbytes(self) -> int:
@@ -167,25 +168,25 @@ def sorted_statistics(
 ) -> Ordered:
     """Statistics of this rank's logits, over its vocabulary in sorted order."""
     vocab = logits.weight.shape[0]
-    order = vocabulary_order(logits.input, logits.weight, logits.bias)
+    available = for_buffers(workspace_bytes, logits.target.shape[0])
+    order = mass_order(logits.input, logits.weight, logits.bias, logits.logit_scale, available)
     places = torch.empty_like(order)
     places.scatter_(0, order, torch.arange(vocab, device=order.device))
     column = logits.target - logits.first_id
     local = (column >= 0) & (column < vocab)
     place = torch.where(local, places[torch.where(local, column, 0)], -1)
     target = torch.where(local, place + logits.first_id, -1)
-    available = for_buffers(workspace_bytes, logits.target.shape[0])
     made = backend.sorted_statistics(logits, order, target, rows, available)
     return Ordered(made, order, place)
 
 
 def totals(far: FarField | None, like: Tensor) -> Tensor:
-    """(3,) tiles kept, tiles, and probability mass left to the far field, of one rank."""
+    """(4,) of one rank: tiles kept, tiles, and of the others their mass and their deviation."""
     if far is None:
-        return like.new_zeros(3)
+        return like.new_zeros(4)
     kept = far.kept.sum(dtype=like.dtype)
-    left = torch.where(far.kept != 0, 0.0, far.total).sum(dtype=like.dtype)
-    return torch.stack([kept, kept.new_full((), far.kept.shape[0]), left])
+    left = torch.where(far.kept != 0, 0.0, far.totals).sum(dim=1, dtype=like.dtype)
+    return torch.cat([torch.stack([kept, kept.new_full((), far.kept.shape[0])]), left])
 
 
 def empty(logits: LocalLogits, tile: int, *, slopes: bool) -> list[Tensor]:
@@ -201,7 +202,7 @@ def empty(logits: LocalLogits, tile: int, *, slopes: bool) -> list[Tensor]:
         made((num_tiles, hidden)),
         made((num_tiles, num_tokens), dtype=dtype),
         made((slope_tiles, num_tokens), dtype=dtype),
-        made(num_tiles, dtype=torch.float32),
+        made((2, num_tiles), dtype=torch.float32),
         made(num_tiles, dtype=torch.int32),
     ]
 
@@ -239,6 +240,7 @@ class FarBackward:
     Attributes:
         rows: (K,) int64 local rows of the kept tiles, in sorted order.
         column: (N,) int64 the target's place among them, or -1.
+        late: how many of them are at `first_late_row` or after it.
         nbytes: of all that lives during the whole pass, beside its strips.
     """
 
@@ -247,12 +249,14 @@ class FarBackward:
         backend: Backend,
         far: FarField,
         tiles: Tensor,
+        late: int,
         logits: LocalLogits,
         upstream: LogitGradient,
         unscale: Tensor | None,
     ) -> None:
         self._backend, self._far, self._logits, self._unscale = backend, far, logits, unscale
         self._tile = tile = backend.tile_rows(logits.input)
+        self.late = late
         vocab = logits.weight.shape[0]
         count = tiles.shape[0] * tile - (far.kept.shape[0] * tile - vocab)
         in_tile = torch.arange(tile, device=tiles.device)
@@ -339,10 +343,20 @@ def begin(
 ) -> FarBackward | None:
     """The far field of a backward pass, or None where so much is kept that exact is as good.
 
-    The one host synchronisation of the filtered pass: the number of kept tiles decides the sizes
-    of all that follows."""
-    tiles = far.kept.nonzero().view(-1)
-    tile = backend.tile_rows(logits.input)
-    if tiles.shape[0] * tile > _MOSTLY * logits.weight.shape[0]:
+    The one host synchronisation of the filtered pass: the numbers of kept tiles and of late rows
+    decide the sizes of all that follows."""
+    tile, vocab = backend.tile_rows(logits.input), logits.weight.shape[0]
+    is_late = far.order >= first_late_row(vocab)
+    kept_rows = far.kept.repeat_interleave(tile, output_size=len(far.kept) * tile)[:vocab]
+    late = torch.where(is_late, kept_rows, 0).sum(dtype=torch.int32)
+    *kept, late = torch.cat([far.kept, late[None]]).tolist()
+    if sum(kept) * tile > _MOSTLY * vocab:
         return None
-    return FarBackward(backend, far, tiles, logits, upstream, unscale)
+    numbers = torch.tensor(kept, dtype=torch.int64).nonzero().view(-1)
+    tiles = numbers.to(far.kept.device, non_blocking=True)
+    return FarBackward(backend, far, tiles, late, logits, upstream, unscale)
+
+
+def first_late_row(vocab: int) -> int:
+    """From this local row on, the memory of dC may hold something else during the walk."""
+    return vocab - vocab // 4

@@ -160,9 +160,9 @@ def linear_cross_entropy(
         loss = loss.view(target.shape)
     if not settings.return_stats:
         return loss
-    *per_token, tiles_kept, far_mass = statistics
+    *per_token, tiles_kept, far_mass, far_deviation = statistics
     shaped = (None if each is None else each.view(target.shape) for each in per_token)
-    return loss, LossStats(*cast("Any", (*shaped, tiles_kept, far_mass)))
+    return loss, LossStats(*cast("Any", (*shaped, tiles_kept, far_mass, far_deviation)))
 
 
 class LinearCrossEntropyLoss(nn.Module):

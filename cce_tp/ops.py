@@ -22,6 +22,7 @@ from cce_tp.backend import backend
 from cce_tp.backward import GradientSinks, gradients
 from cce_tp.far_field import FarField
 from cce_tp.problem import LocalLogits, LogitGradient, LossTerms, statistics_dtype
+from cce_tp.products import full_precision_sums
 from cce_tp.stats import StatRows
 from cce_tp.workspace import default_workspace_bytes
 
@@ -154,7 +155,7 @@ def _loss_fake(*arguments: Any) -> _LossOutputs:
             tile = backend(impl).tile_rows(logits.input)
             far += far_field.empty(logits, tile, slopes=terms.label_smoothing > 0)
         if rows.argmax:
-            far += [logits.input.new_empty(3, dtype=statistics_dtype(logits.input.dtype))]
+            far += [logits.input.new_empty(4, dtype=statistics_dtype(logits.input.dtype))]
     made, reduced = logits.input.new_empty, terms.reduction != "none"
     dtype = statistics_dtype(logits.input.dtype)
     return (
@@ -199,7 +200,8 @@ def _gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         )
         budget = _budget(workspace_bytes, logits, terms.vocab_size)
         kept = FarField(*far) if far else None
-        gradients(chosen, whole, per_token, sinks, eps=eps, far=kept, workspace_bytes=budget)
+        with full_precision_sums():
+            gradients(chosen, whole, per_token, sinks, eps=eps, far=kept, workspace_bytes=budget)
         if grad_bias is not None:
             made[2].copy_(grad_bias)
         reduction.wait()

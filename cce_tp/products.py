@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -11,6 +14,28 @@ from cce_tp.problem import statistics_dtype
 def copies_operands(operand: Tensor) -> bool:
     """Whether products of such operands are taken from wide copies of them (16 bits on the CPU)."""
     return not operand.is_cuda and operand.dtype != statistics_dtype(operand.dtype)
+
+
+@contextmanager
+def full_precision_sums() -> Iterator[None]:
+    """No partial sums in 16 bits, which the library may use where it cuts a long product.
+
+    Measured: dE of 300 tokens over 2^20 rows, taken in one product, erred by 1.4e-2."""
+    matmul = torch.backends.cuda.matmul
+    saved = (
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
+    )
+    if not any(saved):
+        yield
+        return
+    matmul.allow_bf16_reduced_precision_reduction = False
+    matmul.allow_fp16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = saved[0]
+        matmul.allow_fp16_reduced_precision_reduction = saved[1]
 
 
 def _wide_mm(a: Tensor, b: Tensor) -> Tensor:

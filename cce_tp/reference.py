@@ -156,13 +156,13 @@ def _cap_slope(logits: LocalLogits, x_NV: Tensor) -> Tensor:
 def sorted_statistics(
     logits: LocalLogits, order: Tensor, target: Tensor, rows: StatRows, workspace_bytes: int
 ) -> SortedStatistics:
-    """As `kernels.far_field.sorted_statistics`; the tiles' rows: maximum, sum of exp, and the same
-    sum and a plain one of the cap's derivative."""
+    """As `kernels.far_field.sorted_statistics`; the tiles' rows: maximum m, sum of exp(x - m), of
+    its square, of it times the cap's derivative, and of that derivative."""
     num_tokens, vocab, hidden = logits.shape
     dtype = statistics_dtype(logits.input.dtype)
     merged = stats.empty_statistics(num_tokens, rows, like=logits.input, dtype=dtype)
     starts = range(0, vocab, TILE_V)
-    tiles = torch.empty((len(starts), 4, num_tokens), dtype=dtype, device=logits.input.device)
+    tiles = torch.empty((len(starts), 5, num_tokens), dtype=dtype, device=logits.input.device)
     means = logits.weight.new_empty(len(starts), hidden)
     for index, start in enumerate(starts):
         ids = order[start : start + TILE_V]
@@ -178,8 +178,9 @@ def sorted_statistics(
             x_NV = _logits_tile(block)
             slope_NV = _cap_slope(logits, x_NV)
             base_N = torch.where(tile[0] == -torch.inf, 0.0, tile[0])
-            weighted_NV = (x_NV - base_N[:, None]).exp() * slope_NV
-            sums = (tile[0], tile[1], weighted_NV.sum(dim=1), slope_NV.sum(dim=1))
+            exp_NV = (x_NV - base_N[:, None]).exp()
+            made = (exp_NV * exp_NV, exp_NV * slope_NV, slope_NV)
+            sums = [tile[0], tile[1], *(each.sum(dim=1) for each in made)]
             tiles[index, :, n0:n1] = torch.stack(sums)
     return SortedStatistics(merged, tiles, means)
 
@@ -195,22 +196,28 @@ def tile_masses(
     slopes: bool,
 ) -> TileMasses:
     """As `kernels.far_field.tile_masses`."""
+    vocab, num_tiles = logits.weight.shape[0], tiles.shape[0]
     scale_TN = ((tiles[:, 0] - normaliser_2N[0]) - normaliser_2N[1]).exp()
     counted_TN = torch.where(target_N == ignore_index, 0.0, tiles[:, 1] * scale_TN)
+    deviation_TN = 2 * counted_TN
+    if budget > 0:
+        count_T = (vocab - TILE_V * torch.arange(num_tiles, device=tiles.device)).clamp(max=TILE_V)
+        spread_TN = count_T[:, None] * tiles[:, 2] * scale_TN**2 - counted_TN**2
+        deviation_TN = torch.minimum(spread_TN.clamp(min=0).sqrt(), deviation_TN)
     largest_T, total_T = counted_TN.amax(dim=1), counted_TN.sum(dim=1)
-    # Lightest first; of equals the later one.
-    ascending = torch.sort(largest_T.flip(0), stable=True).indices
-    ascending = len(largest_T) - 1 - ascending
+    deviation_T = deviation_TN.sum(dim=1)
+    # The smallest first; of equals the later one.
+    ascending = num_tiles - 1 - torch.sort(deviation_T.flip(0), stable=True).indices
     left_T = torch.empty_like(total_T)
-    left_T[ascending] = total_T[ascending].cumsum(dim=0)
+    left_T[ascending] = deviation_T[ascending].cumsum(dim=0)
     kept = ~((left_T <= budget * total_T.sum()) & (largest_T <= LARGEST_FAR_MASS))
-    vocab = logits.weight.shape[0]
     kept[-1] |= vocab % TILE_V != 0
     kept[0] |= total_T.sum() == 0
     dtype = mass_dtype(logits.input.dtype)
-    slope = tiles[:, 3] if slopes else tiles[:0, 3]
-    mass = tiles[:, 2] * scale_TN
-    return TileMasses(mass.to(dtype), slope.to(dtype), total_T.float(), kept.to(torch.int32))
+    slope = tiles[:, 4] if slopes else tiles[:0, 4]
+    mass = tiles[:, 3] * scale_TN
+    totals = torch.stack([total_T, deviation_T]).float()
+    return TileMasses(mass.to(dtype), slope.to(dtype), totals, kept.to(torch.int32))
 
 
 def far_gradient(
@@ -227,6 +234,15 @@ def far_gradient(
     g_TN = masses.mass.to(wide) * (1 + 2 * upstream.z_loss * lse_N)
     g_TN = (g_TN - upstream.uniform_weight * slope) * (upstream.grad * logits.logit_scale)
     return torch.where((masses.kept != 0)[:, None] | (upstream.grad == 0), 0.0, g_TN).to(dtype)
+
+
+def scatter_rows(out: Tensor, rows: Tensor, value: Tensor, *, accumulate: bool) -> None:
+    """As `kernels.far_field.scatter_rows`."""
+    entries = (rows >= 0).nonzero().view(-1)
+    rows, value = rows[entries], value[entries]
+    if accumulate:
+        value = value + out[rows]
+    out[rows] = value.to(out.dtype)
 
 
 def add_target_rows(out: Tensor, weight: Tensor, rows: Tensor, factors: Tensor) -> None:

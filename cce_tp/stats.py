@@ -65,6 +65,8 @@ class LossStats(NamedTuple):
             None with other filters.
         far_mass: () probability mass left to the far field, on average over the tokens that are
             not ignored; None with other filters.
+        far_deviation: () at most how much of a token's probability differs from what the far field
+            puts in its place, on the same average; None with other filters.
     """
 
     lse: Tensor
@@ -74,6 +76,7 @@ class LossStats(NamedTuple):
     entropy: Tensor | None = None
     tiles_kept: Tensor | None = None
     far_mass: Tensor | None = None
+    far_deviation: Tensor | None = None
 
 
 def _index_dtype(dtype: torch.dtype) -> torch.dtype:

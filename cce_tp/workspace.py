@@ -82,6 +82,8 @@ class BackwardSizes:
         weight_accumulates: whether dC may be summed over token chunks where it is stored.
         lent_row: bytes per vocabulary row of dC that may hold G while dC is not written, or 0.
         gradient_row: bytes per vocabulary row of G^T for all tokens.
+        loan_columns: columns of G^T that a fixed part of dC may hold during the walk, or 0.
+        sequential: gathered rows are dropped before the temporaries of dC are made.
         fixed: bytes that live during the whole pass and do not depend on the cut.
         need_input, need_weight: which gradients are wanted.
     """
@@ -99,9 +101,19 @@ class BackwardSizes:
     weight_accumulates: bool
     lent_row: int
     gradient_row: int
+    loan_columns: int
+    sequential: bool
     fixed: int
     need_input: bool
     need_weight: bool
+
+    def step_row(self, weight: bool) -> int:
+        """Bytes per vocabulary row of a strip beside its G."""
+        if not weight:
+            return self.strip_row
+        if self.sequential:
+            return max(self.strip_row, self.weight_row)
+        return self.strip_row + self.weight_row
 
     @property
     def gemm(self) -> int:
@@ -122,6 +134,7 @@ class TokenWalk:
         strip: columns that the buffer holds, a multiple of 16 or all of them.
         weight: whether this walk makes dC.
         lent: strips are as wide as the memory of dC that they leave unwritten allows.
+        loan: the buffer lies in the last rows of dC, which are written when the walk is done.
         borrow: half of dE's accumulator lies in dE itself.
     """
 
@@ -129,6 +142,7 @@ class TokenWalk:
     strip: int
     weight: bool
     lent: bool = False
+    loan: bool = False
     borrow: bool = False
 
     def strips(self, sizes: BackwardSizes) -> Iterator[tuple[int, int]]:
@@ -239,7 +253,7 @@ def _token_walk(
     sizes: BackwardSizes, available: int, chunk: int, *, weight: bool, borrow: bool
 ) -> list[tuple[int, tuple[Walk, ...]]]:
     """The walk with this chunk and its price, if it fits."""
-    row = sizes.strip_row + (sizes.weight_row if weight else 0)
+    row = sizes.step_row(weight)
     widest = _widest(sizes, chunk)
     whole = chunk * (sizes.vocab * sizes.element + sizes.single_row) + sizes.vocab * row
     if widest == sizes.vocab and whole <= available and not borrow:
@@ -248,13 +262,19 @@ def _token_walk(
     sums = chunk * sizes.token_row // (2 if borrow else 1)
     room = available - sums
     per_column = chunk * sizes.element + row
+    found: list[tuple[int, tuple[Walk, ...]]] = []
+    if weight and chunk == sizes.tokens and sizes.loan_columns >= 16 and room >= 16 * row:
+        strip = _fit(room, row, sizes.vocab, _STRIP_STEP)
+        strip = min(strip, sizes.loan_columns - sizes.loan_columns % 16)
+        walk = TokenWalk(chunk=chunk, strip=strip, weight=True, loan=True, borrow=borrow)
+        found.append((_price(sizes, walk), (walk,)))
     if room < min(16, sizes.vocab) * per_column:
-        return []
+        return found
     lent = weight and chunk == sizes.tokens and sizes.lent_row > 0 and sizes.weight_row == 0
     limit = min(widest, _LAST_STRIPS) if lent else widest
     strip = min(_fit(room, per_column, sizes.vocab, _STRIP_STEP), limit)
     walk = TokenWalk(chunk=chunk, strip=strip, weight=weight, lent=lent, borrow=borrow)
-    return [(_price(sizes, walk), (walk,))]
+    return [*found, (_price(sizes, walk), (walk,))]
 
 
 def _price(sizes: BackwardSizes, walk: TokenWalk) -> int:
@@ -295,7 +315,7 @@ def _two_passes(sizes: BackwardSizes, available: int) -> list[tuple[int, tuple[W
 
 def _weight_only(sizes: BackwardSizes, available: int) -> Walk:
     """dC alone."""
-    row = sizes.strip_row + sizes.weight_row
+    row = sizes.step_row(True)
     per_column = sizes.tokens * sizes.element + row
     widest = _widest(sizes, sizes.tokens)
     strip = min(_fit(available, per_column, sizes.vocab, _STRIP_STEP), widest)

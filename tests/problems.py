@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
@@ -121,8 +121,8 @@ def call(
 
 
 def _per_token(stats: cce_tp.LossStats) -> dict[str, Any]:
-    named = stats._asdict()
-    return {name: value for name, value in named.items() if name not in ("tiles_kept", "far_mass")}
+    known = {field.name for field in fields(Outcome)}
+    return {name: value for name, value in stats._asdict().items() if name in known}
 
 
 def solve(problem: Problem, device: str = "cpu", **more: Any) -> Outcome:

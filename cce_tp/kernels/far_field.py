@@ -64,26 +64,34 @@ def tile_mass_kernel(
     slope_ptr,
     totals_ptr,
     N,
+    V,
     T,
     ignore_index,
+    TILE: tl.constexpr,
     ROWS: tl.constexpr,
-    WEIGHTED_ROW: tl.constexpr,
+    CAPPED: tl.constexpr,
     SLOPE: tl.constexpr,
+    STRICT: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """mass (T, N): sum of p over a tile, times the cap's derivative if WEIGHTED_ROW is not row 1.
+    """mass (T, N): sum of p over a tile, times the cap's derivative if CAPPED.
 
-    totals (2, T) fp32: the largest probability mass that a token has in the tile, and the sum over
-    the tokens; ignored tokens do not count."""
+    totals (3, T) fp32: the largest probability mass that a token has in the tile; the sum over the
+    tokens; and the sum of min(sqrt(rows * sum (p - mean p)^2), 2 mass), which bounds the distance
+    of p from its mean, or with STRICT of 2 mass. Ignored tokens do not count."""
     tile = tl.program_id(0)
     part = tiles_ptr + tile.to(tl.int64) * ROWS * N
+    squares_row: tl.constexpr = ROWS - 3 if CAPPED else ROWS - 1
+    count = tl.minimum(V - tile * TILE, TILE).to(tl.float32)
     largest = tl.zeros((BLOCK_N,), dtype=tl.float32)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    deviation = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         inside = rows < N
         max_x = tl.load(part + rows, mask=inside, other=0.0)
         sum_exp = tl.load(part + N + rows, mask=inside, other=0.0)
+        squares = tl.load(part + squares_row * N + rows, mask=inside, other=0.0)
         max_all = tl.load(normaliser_ptr + rows, mask=inside, other=0.0)
         log_sum = tl.load(normaliser_ptr + N + rows, mask=inside, other=0.0)
         target = tl.load(target_ptr + rows, mask=inside, other=0)
@@ -92,8 +100,13 @@ def tile_mass_kernel(
         # NaN reaches the total, which keeps everything.
         largest = tl.maximum(largest, mass)
         total += mass
-        if WEIGHTED_ROW != 1:
-            sum_exp = tl.load(part + WEIGHTED_ROW * N + rows, mask=inside, other=0.0)
+        if STRICT:
+            deviation += 2.0 * mass
+        else:
+            spread = tl.maximum(count * squares * scale * scale - mass * mass, 0.0)
+            deviation += tl.minimum(tl.sqrt(spread), 2.0 * mass)
+        if CAPPED:
+            sum_exp = tl.load(part + (ROWS - 2) * N + rows, mask=inside, other=0.0)
         out = tile.to(tl.int64) * N + rows
         tl.store(mass_ptr + out, (sum_exp * scale).to(mass_ptr.dtype.element_ty), mask=inside)
         if SLOPE:
@@ -101,6 +114,7 @@ def tile_mass_kernel(
             tl.store(slope_ptr + out, slope.to(slope_ptr.dtype.element_ty), mask=inside)
     tl.store(totals_ptr + tile, tl.max(largest, axis=0))
     tl.store(totals_ptr + T + tile, tl.sum(total, axis=0))
+    tl.store(totals_ptr + 2 * T + tile, tl.sum(deviation, axis=0))
 
 
 @triton.jit
@@ -115,20 +129,20 @@ def select_tiles_kernel(
 ):
     """kept (T,) int32: 1 for a tile that is heavy, or that the budget does not cover.
 
-    The budget covers tiles in the order of their largest mass, the lightest first; the sum of those
+    The budget covers tiles in the order of their deviation, the smallest first; the sum of those
     that come no later than a tile needs no sorting."""
     mine = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     my_largest = tl.load(totals_ptr + mine, mask=mine < T, other=0.0)
+    my_deviation = tl.load(totals_ptr + 2 * T + mine, mask=mine < T, other=0.0)
     left = tl.zeros((BLOCK_T,), dtype=tl.float32)
     whole = tl.zeros((BLOCK_T,), dtype=tl.float32)
     for start in range(0, T, BLOCK_T):
         other = start + tl.arange(0, BLOCK_T)
-        largest = tl.load(totals_ptr + other, mask=other < T, other=0.0)[None, :]
-        total = tl.load(totals_ptr + T + other, mask=other < T, other=0.0)
-        first = (largest == my_largest[:, None]) & (other[None, :] >= mine[:, None])
-        before = (largest < my_largest[:, None]) | first
-        left += tl.sum(tl.where(before, total[None, :], 0.0), axis=1)
-        whole += total
+        whole += tl.load(totals_ptr + T + other, mask=other < T, other=0.0)
+        deviation = tl.load(totals_ptr + 2 * T + other, mask=other < T, other=0.0)[None, :]
+        tied = (deviation == my_deviation[:, None]) & (other[None, :] >= mine[:, None])
+        before = (deviation < my_deviation[:, None]) | tied
+        left += tl.sum(tl.where(before, deviation, 0.0), axis=1)
     whole_mass = tl.sum(whole, axis=0)
     fits = (left <= budget * whole_mass) & (my_largest <= largest_mass)
     kept = tl.where(fits, 0, 1)
@@ -178,6 +192,31 @@ def far_gradient_kernel(
     g = tl.where(kept | (grad == 0.0), 0.0, g)
     out = out_ptr + tile.to(tl.int64) * stride_out + rows
     tl.store(out, g.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scatter_rows_kernel(
+    out_ptr,
+    row_ptr,
+    value_ptr,
+    D,
+    stride_out,
+    stride_value,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out[row[i]] = or += value[i] where row[i] is not negative; no two of them are equal."""
+    entry = tl.program_id(0).to(tl.int64)
+    row = tl.load(row_ptr + entry)
+    if row >= 0:
+        for start in range(0, D, BLOCK_D):
+            cols = start + tl.arange(0, BLOCK_D)
+            inside = cols < D
+            value = tl.load(value_ptr + entry * stride_value + cols, mask=inside, other=0.0)
+            out = out_ptr + row * stride_out + cols
+            if ACCUMULATE:
+                value = value.to(tl.float32) + tl.load(out, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -342,9 +381,9 @@ def sorted_statistics(
     """
     num_tokens, vocab, hidden = logits.shape
     config, programs = tuning.config_for(logits.input)
-    tile, slopes = config.block_v, logits.logit_softcap is not None
+    tile, more = config.block_v, 1 if logits.logit_softcap is None else 3
     num_tiles = ceil_div(vocab, tile)
-    tiles, merged = forward.empty_tiles(num_tiles, num_tokens, rows, logits.input, slopes=slopes)
+    tiles, merged = forward.empty_tiles(num_tiles, num_tokens, rows, logits.input, more=more)
     means = logits.weight.new_empty(num_tiles, hidden)
     step = rows_per_gather(
         workspace_bytes - tiles.nbytes - means.nbytes,
@@ -363,7 +402,7 @@ def sorted_statistics(
             target=target,
             first_id=logits.first_id + start,
         )
-        forward.tile_statistics(part, rows, tiles[t0:t1], merged, ids=ids, slopes=slopes)
+        forward.tile_statistics(part, rows, tiles[t0:t1], merged, ids=ids, masses=True)
         del part  # before the next rows are gathered
     forward.merge_tiles(target, logits.first_id, vocab, rows, tiles, merged)
     return SortedStatistics(merged, tiles, means)
@@ -391,12 +430,12 @@ def tile_masses(
         slopes: also keep the sums of the cap's derivative.
     """
     num_tiles, per_tile, num_tokens = tiles.shape
-    vocab, capped = logits.weight.shape[0], logits.logit_softcap is not None
+    vocab = logits.weight.shape[0]
     made = torch.empty
     device, dtype = tiles.device, mass_dtype(logits.input.dtype)
     mass = made((num_tiles, num_tokens), dtype=dtype, device=device)
     slope = made((num_tiles if slopes else 0, num_tokens), dtype=dtype, device=device)
-    totals = made((2, num_tiles), dtype=torch.float32, device=device)
+    totals = made((3, num_tiles), dtype=torch.float32, device=device)
     kept = made(num_tiles, dtype=torch.int32, device=device)
     launch(
         tile_mass_kernel,
@@ -408,11 +447,14 @@ def tile_masses(
         slope_ptr=slope,
         totals_ptr=totals,
         N=num_tokens,
+        V=vocab,
         T=num_tiles,
         ignore_index=ignore_index,
+        TILE=tile_rows(logits.input),
         ROWS=per_tile,
-        WEIGHTED_ROW=per_tile - 2 if capped else 1,
+        CAPPED=logits.logit_softcap is not None,
         SLOPE=slopes,
+        STRICT=budget == 0,
         BLOCK_N=_BLOCK_N,
         num_warps=8,
     )
@@ -428,7 +470,7 @@ def tile_masses(
         BLOCK_T=_BLOCK_T,
         num_warps=8,
     )
-    return TileMasses(mass, slope, totals[1], kept)
+    return TileMasses(mass, slope, totals[1:], kept)
 
 
 def far_gradient(
@@ -460,6 +502,32 @@ def far_gradient(
         num_warps=4,
     )
     return out
+
+
+def scatter_rows(out: Tensor, rows: Tensor, value: Tensor, *, accumulate: bool) -> None:
+    """out[rows[i]] = or += value[i] where rows[i] is not negative.
+
+    Args:
+        out: (V, D).
+        rows: (R,) int64, those that are not negative distinct.
+        value: (R, D), out's dtype or a wider one.
+        accumulate: add to `out`, in the wider dtype.
+    """
+    if rows.shape[0] == 0:
+        return
+    launch(
+        scatter_rows_kernel,
+        rows.shape[0],
+        out_ptr=out,
+        row_ptr=rows,
+        value_ptr=value,
+        D=out.shape[1],
+        stride_out=out.stride(0),
+        stride_value=value.stride(0),
+        ACCUMULATE=accumulate,
+        BLOCK_D=1024,
+        num_warps=4,
+    )
 
 
 def add_target_rows(out: Tensor, weight: Tensor, rows: Tensor, factors: Tensor) -> None:

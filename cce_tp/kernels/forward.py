@@ -55,7 +55,7 @@ def tile_statistics_kernel(
     ENTROPY: tl.constexpr,
     ARGMAX: tl.constexpr,
     SORTED: tl.constexpr,
-    SLOPES: tl.constexpr,
+    MASSES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -69,8 +69,9 @@ def tile_statistics_kernel(
 ):
     """tiles_ptr is (T, ROWS, N) fp32; row 2 of merged_ptr takes the targets' logits.
 
-    With SORTED the columns are in another order than their ids, which are in ids_ptr (V,). With
-    SLOPES the last two rows take sums of the cap's derivative, weighted by exp(x - m) and not."""
+    With SORTED the columns are in another order than their ids, which are in ids_ptr (V,). MASSES
+    adds rows for the far field: the sum of exp(x - m)^2; and with a cap the sum of its derivative,
+    weighted by exp(x - m) and not."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_v = tl.cdiv(V, BLOCK_V)
     for tile in tl.range(tl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS, flatten=True):
@@ -122,11 +123,13 @@ def tile_statistics_kernel(
                 best = tl.argmax(x, axis=1, tie_break_left=True) + block_v * BLOCK_V
             tl.store(out, best.to(tl.float32, bitcast=True), mask=valid)
             out += N
-        if SLOPES:
-            capped = x * (1.0 / logit_softcap)
-            slope = tl.where(in_range, 1.0 - capped * capped, 0.0)
-            tl.store(out, tl.sum(exp_x * slope, axis=1), mask=valid)
-            tl.store(out + N, tl.sum(slope, axis=1), mask=valid)
+        if MASSES:
+            tl.store(out, tl.sum(exp_x * exp_x, axis=1), mask=valid)
+            if HAS_SOFTCAP:
+                capped = x * (1.0 / logit_softcap)
+                slope = tl.where(in_range, 1.0 - capped * capped, 0.0)
+                tl.store(out + N, tl.sum(exp_x * slope, axis=1), mask=valid)
+                tl.store(out + 2 * N, tl.sum(slope, axis=1), mask=valid)
 
 
 @triton.jit(do_not_specialize=["first_id"])
@@ -243,10 +246,10 @@ def _statistics_of(logits: LocalLogits, rows: StatRows) -> Tensor:
 
 
 def empty_tiles(
-    num_tiles: int, num_tokens: int, rows: StatRows, like: Tensor, *, slopes: bool = False
+    num_tiles: int, num_tokens: int, rows: StatRows, like: Tensor, *, more: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Unfilled (T, tile rows, N) tile statistics and (rows, N) merged ones, fp32."""
-    per_tile = rows.count - 1 + 2 * slopes  # the target's logit is not kept per tile
+    """Unfilled (T, tile rows, N) tile statistics, `more` rows than usual, and (rows, N), fp32."""
+    per_tile = rows.count - 1 + more  # the target's logit is not kept per tile
     tiles = like.new_empty((num_tiles, per_tile, num_tokens), dtype=torch.float32)
     return tiles, like.new_empty((rows.count, num_tokens), dtype=torch.float32)
 
@@ -258,7 +261,7 @@ def tile_statistics(
     merged: Tensor,
     *,
     ids: Tensor | None = None,
-    slopes: bool = False,
+    masses: bool = False,
 ) -> None:
     """Fill the tile statistics of some columns, and their targets' logits in row 2 of `merged`.
 
@@ -268,7 +271,7 @@ def tile_statistics(
         tiles: (T, tile rows, N) fp32, every element is written.
         merged: (rows, N) fp32.
         ids: (V,) int64 number of each column, where that is not its place.
-        slopes: also sum the cap's derivative; needs a cap.
+        masses: also make the rows for the far field: one, or three with a cap.
     """
     tiling = tiling_arguments(logits, tuning.use_descriptors(logits.input, logits.weight))
     grid = tiles.shape[0] * ceil_div(logits.target.shape[0], tiling["BLOCK_N"])
@@ -281,7 +284,7 @@ def tile_statistics(
         merged_ptr=merged,
         first_id=logits.first_id,
         SORTED=ids is not None,
-        SLOPES=slopes,
+        MASSES=masses,
         **logits_arguments(logits),
         **_flags(rows, tiles),
         **tiling,
