@@ -7,7 +7,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from cce_tp.far_field import FarGradient, SortedStatistics, TileMasses
+from cce_tp.far_field import (
+    FarField,
+    FarGradient,
+    KeptRows,
+    SortedStatistics,
+    TargetPlan,
+    TileMasses,
+)
 from cce_tp.problem import LocalLogits, LogitGradient, LossTerms, TokenLoss
 from cce_tp.stats import StatRows
 
@@ -49,6 +56,20 @@ class Backend(Protocol):
     def tile_rows(self, like: Tensor) -> int:
         """Vocabulary rows of a tile, for operands like this one."""
         ...
+
+    def mass_key(
+        self, sampled: Tensor, bias: Tensor | None, logit_scale: float, out: Tensor
+    ) -> None: ...
+
+    def target_places(
+        self, order: Tensor, target: Tensor, first_id: int
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def kept_rows(self, kept: Tensor, order: Tensor, tile: int, first_late: int) -> KeptRows: ...
+
+    def plan_targets(
+        self, far: FarField, slot: Tensor, upstream: LogitGradient, logits: LocalLogits
+    ) -> TargetPlan: ...
 
     def sorted_statistics(
         self,
@@ -111,6 +132,10 @@ class _TritonBackend:
         self.grad_logits = backward.grad_logits
         self.sparse_product = backward.sparse_product
         self.tile_rows = far_field.tile_rows
+        self.mass_key = far_field.mass_key
+        self.target_places = far_field.target_places
+        self.kept_rows = far_field.kept_rows
+        self.plan_targets = far_field.plan_targets
         self.sorted_statistics = far_field.sorted_statistics
         self.tile_masses = far_field.tile_masses
         self.far_gradient = far_field.far_gradient
@@ -129,6 +154,10 @@ class _TorchBackend:
         self.tile_bytes = reference.tile_bytes
         self.grad_logits = reference.grad_logits
         self.tile_rows = reference.tile_rows
+        self.mass_key = reference.mass_key
+        self.target_places = reference.target_places
+        self.kept_rows = reference.kept_rows
+        self.plan_targets = reference.plan_targets
         self.sorted_statistics = reference.sorted_statistics
         self.tile_masses = reference.tile_masses
         self.far_gradient = reference.far_gradient

@@ -160,7 +160,16 @@ class _BackwardPass:
         self.far_bytes = 0
         if state is not None:
             self.far_bytes = state.nbytes
-            self.far = far_field.begin(backend, state, logits, self.upstream, self.unscale)
+            far = FarBackward(
+                backend,
+                state,
+                logits,
+                self.upstream,
+                self.unscale,
+                weight=sinks.weight is not None,
+                bias=sinks.bias is not None,
+            )
+            self.far = far if far.walks else None
         if self.far is not None:
             self.far_bytes = self.far.nbytes
             self.columns = _Columns(logits, self.far.rows, self.far.column)
@@ -199,7 +208,7 @@ class _BackwardPass:
         fixed = self.backend.tile_bytes(self.logits) + self.far_bytes
         if self.eps is not None:
             fixed += BYTES_PER_ORDERED_ROW * vocab
-        weight_row = lent_row = loan_columns = 0
+        weight_row = lent_row = loan_columns = loan_bytes = 0
         gradient_row = _padded(num_tokens) * itemsize
         if dC is not None:
             if not self._direct(dC):
@@ -210,7 +219,7 @@ class _BackwardPass:
                 elif self.far is not None:
                     rows = dC.shape[0] - far_field.first_late_row(dC.shape[0])
                     loan_columns = max(0, rows * hidden * dC.itemsize - ALIGNMENT) // gradient_row
-                    fixed += self.far.late * hidden * dC.itemsize
+                    loan_bytes = self.far.late * hidden * dC.itemsize
         sums_apart = dE is not None and dE.dtype != self.sum_dtype
         sum_row = hidden * wide * (sums_apart + copies)
         return BackwardSizes(
@@ -228,6 +237,7 @@ class _BackwardPass:
             lent_row=lent_row,
             gradient_row=gradient_row,
             loan_columns=loan_columns,
+            loan_bytes=loan_bytes,
             sequential=self.far is not None,
             fixed=fixed,
             need_input=dE is not None,

@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from cce_tp.filtering import mass_order
 from cce_tp.problem import LocalLogits, LogitGradient, LossTerms, statistics_dtype
-from cce_tp.products import add_product
+from cce_tp.products import add_product, copies_operands
 from cce_tp.stats import StatRows
-from cce_tp.workspace import for_buffers
+from cce_tp.workspace import blocks, for_buffers
 
 if TYPE_CHECKING:
     from cce_tp.backend import Backend
 
+# Tokens from which the variance of a row's logit is estimated; with one more row for the average,
+# a product of 64 rows reads the weight as fast as one row would.
+_SAMPLED_TOKENS = 63
 # With more of the rows than this kept, the exact pass is as fast, and it is exact.
 _MOSTLY = 0.75
 # Wave quantisation: a gather of fewer rows is accepted for fuller waves, down to this share.
@@ -167,17 +169,36 @@ def sorted_statistics(
     backend: Backend, logits: LocalLogits, rows: StatRows, workspace_bytes: int
 ) -> Ordered:
     """Statistics of this rank's logits, over its vocabulary in sorted order."""
-    vocab = logits.weight.shape[0]
     available = for_buffers(workspace_bytes, logits.target.shape[0])
-    order = mass_order(logits.input, logits.weight, logits.bias, logits.logit_scale, available)
-    places = torch.empty_like(order)
-    places.scatter_(0, order, torch.arange(vocab, device=order.device))
-    column = logits.target - logits.first_id
-    local = (column >= 0) & (column < vocab)
-    place = torch.where(local, places[torch.where(local, column, 0)], -1)
-    target = torch.where(local, place + logits.first_id, -1)
+    order = _mass_order(backend, logits, available)
+    place, target = backend.target_places(order, logits.target, logits.first_id)
     made = backend.sorted_statistics(logits, order, target, rows, available)
     return Ordered(made, order, place)
+
+
+def _mass_order(backend: Backend, logits: LocalLogits, workspace_bytes: int) -> Tensor:
+    """(V,) local rows sorted by an estimate of their probability mass, highest first.
+
+    The estimate of log mean exp(y_nv) over the tokens n is the average of y_v plus half of its
+    variance (the first two cumulants), the latter from a strided sample of tokens. Measured on a
+    model in training, the variance lowers the error of the far field by a fifth where the same
+    number of rows is kept. It costs no more than the average alone: both read the weight once.
+    Stateless and deterministic (stable sort); local to the rank. The softcap does not enter.
+    """
+    input, weight = logits.input, logits.weight
+    num_tokens, vocab = input.shape[0], weight.shape[0]
+    # A product with a constant vector, not mean(): that takes a buffer as large as input on CUDA.
+    average = torch.mv(input.t(), input.new_full((num_tokens,), 1 / num_tokens))
+    probes = torch.cat([average[None], input[:: -(-num_tokens // _SAMPLED_TOKENS)]])
+    dtype = statistics_dtype(input.dtype)
+    key_V = torch.empty(vocab, dtype=dtype, device=weight.device)
+    row = dtype.itemsize * (2 * len(probes) + copies_operands(weight) * weight.shape[1])
+    for start, stop in blocks(vocab, max(1024, workspace_bytes // row)):
+        sampled = probes.new_empty(len(probes), stop - start, dtype=dtype)
+        add_product(sampled, probes, weight[start:stop].t(), accumulate=False)
+        bias = None if logits.bias is None else logits.bias[start:stop]
+        backend.mass_key(sampled, bias, logits.logit_scale, key_V[start:stop])
+    return torch.sort(key_V, descending=True, stable=True).indices
 
 
 def totals(far: FarField | None, like: Tensor) -> Tensor:
@@ -207,6 +228,38 @@ def empty(logits: LocalLogits, tile: int, *, slopes: bool) -> list[Tensor]:
     ]
 
 
+class KeptRows(NamedTuple):
+    """The rows of the kept tiles, in sorted order, on the device.
+
+    Attributes:
+        rows: (V,) int64 local rows; only as many as are kept are filled.
+        slot: (T,) int32 number of a kept tile among them; of others anything.
+        flags: (2, T) int32: 1 for a kept tile, and how many of its rows are late; 0 for others.
+    """
+
+    rows: Tensor
+    slot: Tensor
+    flags: Tensor
+
+
+class TargetPlan(NamedTuple):
+    """What becomes of each token's one-hot, local to this rank.
+
+    Attributes:
+        column: (N,) int64 the target's place among the kept rows, or -1.
+        row: (N,) int64 the target's local row where that is not kept, or -1.
+        tile: (N,) int64 the target's tile, or -1.
+        factor: (N,) fp32 one-hot part of the gradient of the target's logit.
+        is_target: (V,) uint8, 1 for a row in `row`.
+    """
+
+    column: Tensor
+    row: Tensor
+    tile: Tensor
+    factor: Tensor
+    is_target: Tensor
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FarGradient:
     """The far field's part of dC and of the bias gradient.
@@ -216,31 +269,32 @@ class FarGradient:
         order, kept: as in `FarField`.
         weight: (T, D) fp32 far part of dC summed over the rows of each tile; zeros if kept; or
             None where dC is not wanted.
-        is_target: (V,) uint8, 1 for a row outside the kept tiles that is some token's target.
-        sorted_rows: (N,) int64 those rows, one entry per token, ascending, -1 for other tokens.
+        targets: of the tokens, with factors as dC needs them.
+        sorted_rows: (N,) int64 `targets.row`, ascending.
         sorted_tokens: (N,) int64 the token of each entry.
-        tile_of_target: (N,) int64 tile of each token's target, or -1.
-        factors: (N,) fp32 one-hot part of each token's gradient of its target's logit.
     """
 
     tile: int
     order: Tensor
     kept: Tensor
     weight: Tensor | None
-    is_target: Tensor
+    targets: TargetPlan
     sorted_rows: Tensor
     sorted_tokens: Tensor
-    tile_of_target: Tensor
-    factors: Tensor
 
 
 class FarBackward:
     """The far field in one backward pass: which rows are walked, and what is added for the rest.
 
+    Enqueues all that does not depend on the number of kept tiles before it waits for that number,
+    the one host synchronisation of the filtered pass.
+
     Attributes:
+        walks: whether rows are walked at all; if so much is kept that the exact pass is as good,
+            nothing else here is of use.
         rows: (K,) int64 local rows of the kept tiles, in sorted order.
         column: (N,) int64 the target's place among them, or -1.
-        late: how many of them are at `first_late_row` or after it.
+        late: how many of the rows are at `first_late_row` or after it.
         nbytes: of all that lives during the whole pass, beside its strips.
     """
 
@@ -248,35 +302,57 @@ class FarBackward:
         self,
         backend: Backend,
         far: FarField,
-        tiles: Tensor,
-        late: int,
         logits: LocalLogits,
         upstream: LogitGradient,
         unscale: Tensor | None,
+        *,
+        weight: bool,
+        bias: bool,
     ) -> None:
+        """
+        Args:
+            weight, bias: which of dC and the bias gradient are wanted.
+        """
         self._backend, self._far, self._logits, self._unscale = backend, far, logits, unscale
         self._tile = tile = backend.tile_rows(logits.input)
-        self.late = late
         vocab = logits.weight.shape[0]
-        count = tiles.shape[0] * tile - (far.kept.shape[0] * tile - vocab)
-        in_tile = torch.arange(tile, device=tiles.device)
-        self.rows = far.order[(tiles[:, None] * tile + in_tile).view(-1)[:count]]
-        slot = torch.cumsum(far.kept, dim=0) - 1
-        self._tile_of_target = torch.div(far.place, tile, rounding_mode="floor")
-        safe = self._tile_of_target.clamp(min=0)
-        here = far.place >= 0
-        kept = here & (far.kept[safe] != 0)
-        self.column = torch.where(kept, slot[safe] * tile + far.place % tile, -1)
-        self._row = torch.where(here & ~kept, logits.target - logits.first_id, -1)
-        factor = upstream.grad * (-upstream.onehot_weight * logits.logit_scale)
-        if logits.logit_softcap is not None:
-            factor = factor * (1 - (far.target_logit / logits.logit_softcap) ** 2)
-        # A masked token has gradient exactly 0 even where its logits are not finite.
-        self._factor = torch.where(upstream.grad == 0, 0.0, factor)
+        kept = backend.kept_rows(far.kept, far.order, tile, first_late_row(vocab))
+        flags = _HostCopy(kept.flags)
+        self._targets = backend.plan_targets(far, kept.slot, upstream, logits)
+        self.column = self._targets.column
         self._summed = backend.far_gradient(far.masses, upstream, logits, logits.input.dtype)
-        num_tiles, hidden = far.means.shape
-        far_weight = num_tiles * hidden * statistics_dtype(logits.input.dtype).itemsize
-        self.nbytes = far.nbytes + self._summed.nbytes + far_weight + 9 * vocab
+        self._gradient = self._far_gradient(weight) if weight or bias else None
+        kept_tiles, late_rows = flags.wait().tolist()
+        num_tiles, self.late = len(kept_tiles), sum(late_rows)
+        # The last tile is kept if it is not full.
+        count = sum(kept_tiles) * tile - (num_tiles * tile - vocab)
+        self.walks = count <= _MOSTLY * vocab
+        self.rows = kept.rows[:count]
+        made = 0 if self._gradient is None else _nbytes(self._gradient.weight)
+        self.nbytes = far.nbytes + self._summed.nbytes + made + 9 * vocab
+
+    def _far_gradient(self, wants_weight: bool) -> FarGradient:
+        far, input = self._far, self._logits.input
+        weight, targets = None, self._targets
+        if wants_weight:
+            shape = (far.kept.shape[0], input.shape[1])
+            wide = statistics_dtype(input.dtype)
+            weight = torch.empty(shape, dtype=wide, device=input.device)
+            add_product(weight, self._summed, input, accumulate=False)
+        if self._unscale is not None:
+            targets = targets._replace(factor=targets.factor * self._unscale)
+            if weight is not None:
+                weight *= self._unscale
+        sorted_rows, sorted_tokens = torch.sort(targets.row, stable=True)
+        return FarGradient(
+            tile=self._tile,
+            order=far.order,
+            kept=far.kept,
+            weight=weight,
+            targets=targets,
+            sorted_rows=sorted_rows,
+            sorted_tokens=sorted_tokens,
+        )
 
     def start_input(self, out: Tensor, tokens: tuple[int, int]) -> None:
         """out (n, D) = the tiles' gradients times their mean rows."""
@@ -286,41 +362,18 @@ class FarBackward:
     def finish_input(self, out: Tensor, tokens: tuple[int, int]) -> None:
         """out (n, D) fp32 += the one-hots whose rows are not walked."""
         n0, n1 = tokens
-        weight = self._logits.weight
-        self._backend.add_target_rows(out, weight, self._row[n0:n1], self._factor[n0:n1])
+        rows, factors = self._targets.row[n0:n1], self._targets.factor[n0:n1]
+        self._backend.add_target_rows(out, self._logits.weight, rows, factors)
 
     def write_weight(self, out: Tensor | None, bias: Tensor | None, *, accumulate: bool) -> None:
         """Rows of dC (overwritten, or added to) and of the bias gradient that are not walked."""
-        if out is None and bias is None:
+        if self._gradient is None:
             return
-        far, num_tiles = self._far, self._far.kept.shape[0]
-        vocab, hidden = self._logits.weight.shape
-        wide = statistics_dtype(self._logits.input.dtype)
-        factors, weight = self._factor, None
-        if out is not None:
-            weight = torch.empty((num_tiles, hidden), dtype=wide, device=out.device)
-            add_product(weight, self._summed, self._logits.input, accumulate=False)
-        if self._unscale is not None:
-            factors = factors * self._unscale
-            if weight is not None:
-                weight *= self._unscale
         if bias is not None:
             self._add_bias(bias)
-        sorted_rows, sorted_tokens = torch.sort(self._row, stable=True)
-        is_target = torch.zeros(vocab + 1, dtype=torch.uint8, device=factors.device)
-        is_target.index_fill_(0, torch.where(self._row >= 0, self._row, vocab), 1)
-        gradient = FarGradient(
-            tile=self._tile,
-            order=far.order,
-            kept=far.kept,
-            weight=weight,
-            is_target=is_target,
-            sorted_rows=sorted_rows,
-            sorted_tokens=sorted_tokens,
-            tile_of_target=self._tile_of_target,
-            factors=factors,
+        self._backend.write_far_rows(
+            self._gradient, self._logits.input, out, bias, accumulate=accumulate
         )
-        self._backend.write_far_rows(gradient, self._logits.input, out, bias, accumulate=accumulate)
 
     def _add_bias(self, bias: Tensor) -> None:
         """Each tile's gradient, evenly over its rows."""
@@ -334,27 +387,24 @@ class FarBackward:
         bias.index_add_(0, self._far.order, spread)  # a permutation: no two meet
 
 
-def begin(
-    backend: Backend,
-    far: FarField,
-    logits: LocalLogits,
-    upstream: LogitGradient,
-    unscale: Tensor | None,
-) -> FarBackward | None:
-    """The far field of a backward pass, or None where so much is kept that exact is as good.
+class _HostCopy:
+    """A small tensor on its way to the host; what is enqueued meanwhile is not waited for."""
 
-    The one host synchronisation of the filtered pass: the numbers of kept tiles and of late rows
-    decide the sizes of all that follows."""
-    tile, vocab = backend.tile_rows(logits.input), logits.weight.shape[0]
-    is_late = far.order >= first_late_row(vocab)
-    kept_rows = far.kept.repeat_interleave(tile, output_size=len(far.kept) * tile)[:vocab]
-    late = torch.where(is_late, kept_rows, 0).sum(dtype=torch.int32)
-    *kept, late = torch.cat([far.kept, late[None]]).tolist()
-    if sum(kept) * tile > _MOSTLY * vocab:
-        return None
-    numbers = torch.tensor(kept, dtype=torch.int64).nonzero().view(-1)
-    tiles = numbers.to(far.kept.device, non_blocking=True)
-    return FarBackward(backend, far, tiles, late, logits, upstream, unscale)
+    def __init__(self, tensor: Tensor) -> None:
+        self._host = tensor.to("cpu", non_blocking=True)
+        self._done = None
+        if tensor.is_cuda:
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def wait(self) -> Tensor:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host
+
+
+def _nbytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.nbytes
 
 
 def first_late_row(vocab: int) -> int:

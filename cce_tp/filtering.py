@@ -9,16 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cce_tp.problem import statistics_dtype
-from cce_tp.products import add_product, copies_operands
-from cce_tp.workspace import blocks
-
 # Peak bytes per row of making and holding the order: keys and values of a radix sort, the inverse.
 BYTES_PER_ORDERED_ROW = 48
-
-# Tokens from which the variance of a row's logit is estimated; with one more row for the average,
-# a product of 64 rows reads the weight as fast as one row would.
-_SAMPLED_TOKENS = 63
 
 # A tile in which any token has more of its probability than this is never left to the far field.
 LARGEST_FAR_MASS = 2.0**-6
@@ -105,58 +97,9 @@ def vocabulary_order(input_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None)
     Returns:
         (V,) int64, a permutation of the local row numbers.
     """
-    average_V = torch.mv(weight_VD, _mean(input_ND))
+    # A product with a constant vector, not mean(): that takes a buffer as large as input on CUDA.
+    share_N = input_ND.new_full((input_ND.shape[0],), 1 / input_ND.shape[0])
+    average_V = torch.mv(weight_VD, torch.mv(input_ND.t(), share_N))
     if bias_V is not None:
         average_V = average_V + bias_V
     return torch.sort(average_V, descending=True, stable=True).indices
-
-
-def _mean(input_ND: Tensor) -> Tensor:
-    """(D,) mean over the tokens."""
-    # A product with a constant vector, not mean(): that takes a buffer as large as input on CUDA.
-    share_N = input_ND.new_full((input_ND.shape[0],), 1 / input_ND.shape[0])
-    return torch.mv(input_ND.t(), share_N)
-
-
-def mass_order(
-    input_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    logit_scale: float,
-    workspace_bytes: int,
-) -> Tensor:
-    """Local rows of the shard sorted by an estimate of their probability mass, highest first.
-
-    The estimate of log mean exp(y_nv) over the tokens n is the average of y_v plus half of its
-    variance (the first two cumulants), the latter from a strided sample of tokens. Measured on a
-    model in training, the variance lowers the error of the far field by a fifth where the same
-    number of rows is kept. It costs no more than the average alone: both read the weight once.
-    Stateless and deterministic; local to the rank. The softcap does not enter.
-
-    Args:
-        input_ND: (N, D), the same on every rank.
-        weight_VD: (V, D), this rank's rows.
-        bias_V: (V,) or None.
-        logit_scale: factor on E C^T + bias.
-        workspace_bytes: cap on the logits of the sample.
-
-    Returns:
-        (V,) int64, a permutation of the local row numbers.
-    """
-    num_tokens, vocab = input_ND.shape[0], weight_VD.shape[0]
-    sample = input_ND[:: -(-num_tokens // _SAMPLED_TOKENS)]
-    probes = torch.cat([_mean(input_ND)[None], sample])
-    dtype = statistics_dtype(input_ND.dtype)
-    key_V = torch.empty(vocab, dtype=dtype, device=weight_VD.device)
-    row = dtype.itemsize * (2 * len(probes) + copies_operands(weight_VD) * weight_VD.shape[1])
-    step = max(1024, workspace_bytes // row)
-    for start, stop in blocks(vocab, step):
-        logits = probes.new_empty(len(probes), stop - start, dtype=dtype)
-        add_product(logits, probes, weight_VD[start:stop].t(), accumulate=False)
-        average, sampled = logits[0] * logit_scale, logits[1:]
-        sampled -= logits[0]
-        deviation = torch.linalg.vector_norm(sampled, dim=0) * logit_scale
-        key_V[start:stop] = average + 0.5 / len(sampled) * deviation * deviation
-    if bias_V is not None:
-        key_V += logit_scale * bias_V
-    return torch.sort(key_V, descending=True, stable=True).indices

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 
 from cce_tp import stats
-from cce_tp.far_field import FarGradient, SortedStatistics, TileMasses, mass_dtype
+from cce_tp.far_field import (
+    FarField,
+    FarGradient,
+    KeptRows,
+    SortedStatistics,
+    TargetPlan,
+    TileMasses,
+    mass_dtype,
+)
 from cce_tp.filtering import LARGEST_FAR_MASS
 from cce_tp.problem import LocalLogits, LogitGradient, LossTerms, TokenLoss, statistics_dtype
 from cce_tp.stats import StatRows
@@ -147,6 +155,59 @@ def tile_rows(like: Tensor) -> int:
     return TILE_V
 
 
+def mass_key(sampled: Tensor, bias: Tensor | None, logit_scale: float, out: Tensor) -> None:
+    """As `kernels.far_field.mass_key`."""
+    average, others = sampled[0] * logit_scale, sampled[1:] - sampled[0]
+    deviation = torch.linalg.vector_norm(others, dim=0) * logit_scale
+    out.copy_(average + 0.5 / len(others) * deviation * deviation)
+    if bias is not None:
+        out += logit_scale * bias
+
+
+def target_places(order: Tensor, target: Tensor, first_id: int) -> tuple[Tensor, Tensor]:
+    """As `kernels.far_field.target_places`."""
+    vocab = order.shape[0]
+    places = torch.empty_like(order)
+    places.scatter_(0, order, torch.arange(vocab, device=order.device))
+    column = target - first_id
+    local = (column >= 0) & (column < vocab)
+    place = torch.where(local, places[torch.where(local, column, 0)], -1)
+    return place, torch.where(local, place + first_id, -1)
+
+
+def kept_rows(kept: Tensor, order: Tensor, tile: int, first_late: int) -> KeptRows:
+    """As `kernels.far_field.kept_rows`."""
+    by_tile = torch.zeros(kept.shape[0] * tile, dtype=torch.int64, device=order.device)
+    by_tile[: order.shape[0]] = order
+    by_tile = by_tile.view(-1, tile)
+    filled = torch.arange(by_tile.numel(), device=order.device).view(-1, tile) < order.shape[0]
+    late = ((by_tile >= first_late) & filled).sum(dim=1, dtype=torch.int32)
+    rows = torch.empty(by_tile.numel(), dtype=torch.int64, device=order.device)
+    chosen = by_tile[kept != 0].view(-1)
+    rows[: len(chosen)] = chosen
+    slot = (torch.cumsum(kept, dim=0) - 1).to(torch.int32)
+    return KeptRows(rows, slot, torch.stack([kept, late * kept]))
+
+
+def plan_targets(
+    far: FarField, slot: Tensor, upstream: LogitGradient, logits: LocalLogits
+) -> TargetPlan:
+    """As `kernels.far_field.plan_targets`."""
+    here, vocab = far.place >= 0, logits.weight.shape[0]
+    tile = torch.where(here, far.place // TILE_V, -1)
+    kept = here & (far.kept[tile.clamp(min=0)] != 0)
+    column = torch.where(kept, slot[tile.clamp(min=0)] * TILE_V + far.place % TILE_V, -1)
+    row = torch.where(here & ~kept, logits.target - logits.first_id, -1)
+    factor = upstream.grad * (-upstream.onehot_weight * logits.logit_scale)
+    if logits.logit_softcap is not None:
+        factor = factor * (1 - (far.target_logit / logits.logit_softcap) ** 2)
+    # A masked token has gradient exactly 0 even where its logits are not finite.
+    factor = torch.where(upstream.grad == 0, 0.0, factor)
+    is_target = torch.zeros(vocab + 1, dtype=torch.uint8, device=row.device)
+    is_target.index_fill_(0, torch.where(row >= 0, row, vocab), 1)
+    return TargetPlan(column, row, tile, factor, is_target[:vocab])
+
+
 def _cap_slope(logits: LocalLogits, x_NV: Tensor) -> Tensor:
     if logits.logit_softcap is None:
         return torch.ones_like(x_NV)
@@ -259,15 +320,15 @@ def write_far_rows(
     tokens = far.sorted_tokens[far.sorted_rows >= 0]
     rows = far.sorted_rows[far.sorted_rows >= 0]
     if bias is not None:
-        bias.index_add_(0, rows, far.factors[tokens].to(bias.dtype))
+        bias.index_add_(0, rows, far.targets.factor[tokens].to(bias.dtype))
     if out is None or far.weight is None:
         return
     for tile in (far.kept == 0).nonzero().view(-1).tolist():
         ids = far.order[tile * far.tile : (tile + 1) * far.tile]
         total = (far.weight[tile] / min(far.tile, vocab - tile * far.tile)).repeat(len(ids), 1)
-        inside = far.tile_of_target[tokens] == tile
+        inside = far.targets.tile[tokens] == tile
         place = (rows[inside, None] == ids).to(torch.uint8).argmax(dim=1)
-        value = far.factors[tokens[inside], None] * input[tokens[inside]].to(total.dtype)
+        value = far.targets.factor[tokens[inside], None] * input[tokens[inside]].to(total.dtype)
         total.index_add_(0, place, value)
         if accumulate:
             total += out[ids]

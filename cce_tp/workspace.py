@@ -83,6 +83,7 @@ class BackwardSizes:
         lent_row: bytes per vocabulary row of dC that may hold G while dC is not written, or 0.
         gradient_row: bytes per vocabulary row of G^T for all tokens.
         loan_columns: columns of G^T that a fixed part of dC may hold during the walk, or 0.
+        loan_bytes: bytes of what must be held elsewhere meanwhile.
         sequential: gathered rows are dropped before the temporaries of dC are made.
         fixed: bytes that live during the whole pass and do not depend on the cut.
         need_input, need_weight: which gradients are wanted.
@@ -102,6 +103,7 @@ class BackwardSizes:
     lent_row: int
     gradient_row: int
     loan_columns: int
+    loan_bytes: int
     sequential: bool
     fixed: int
     need_input: bool
@@ -263,8 +265,9 @@ def _token_walk(
     room = available - sums
     per_column = chunk * sizes.element + row
     found: list[tuple[int, tuple[Walk, ...]]] = []
-    if weight and chunk == sizes.tokens and sizes.loan_columns >= 16 and room >= 16 * row:
-        strip = _fit(room, row, sizes.vocab, _STRIP_STEP)
+    loan_room = room - sizes.loan_bytes
+    if weight and chunk == sizes.tokens and sizes.loan_columns >= 16 and loan_room >= 16 * row:
+        strip = _fit(loan_room, row, sizes.vocab, _STRIP_STEP)
         strip = min(strip, sizes.loan_columns - sizes.loan_columns % 16)
         walk = TokenWalk(chunk=chunk, strip=strip, weight=True, loan=True, borrow=borrow)
         found.append((_price(sizes, walk), (walk,)))

@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cce_tp.far_field import FarGradient, SortedStatistics, TileMasses, mass_dtype, rows_per_gather
+from cce_tp.far_field import (
+    FarField,
+    FarGradient,
+    KeptRows,
+    SortedStatistics,
+    TargetPlan,
+    TileMasses,
+    mass_dtype,
+    rows_per_gather,
+)
 from cce_tp.filtering import LARGEST_FAR_MASS
 from cce_tp.kernels import forward, tuning
 from cce_tp.kernels.launch import launch
@@ -25,6 +34,126 @@ from cce_tp.stats import StatRows
 
 _BLOCK_N = 1024
 _BLOCK_T = 128
+
+
+@triton.jit
+def mass_key_kernel(
+    sampled_ptr,
+    bias_ptr,
+    out_ptr,
+    P,
+    V,
+    stride_sampled,
+    logit_scale,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """out (V,): row 0 of sampled (P, V) plus half the mean square of the others about it."""
+    cols = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = cols < V
+    average = tl.load(sampled_ptr + cols, mask=inside, other=0.0)
+    squares = tl.zeros((BLOCK_V,), dtype=tl.float32)
+    for probe in range(1, P):
+        row = sampled_ptr + probe * stride_sampled  # at most 64 rows: no overflow
+        off = tl.load(row + cols, mask=inside, other=0.0) - average
+        squares += off * off
+    variance = squares * (logit_scale * logit_scale) / (P - 1)
+    if HAS_BIAS:
+        average += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + cols, average * logit_scale + 0.5 * variance, mask=inside)
+
+
+@triton.jit
+def invert_kernel(order_ptr, place_ptr, V, BLOCK_V: tl.constexpr):
+    """place[order[i]] = i."""
+    at = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    tl.store(place_ptr + tl.load(order_ptr + at, mask=at < V, other=0), at, mask=at < V)
+
+
+@triton.jit(do_not_specialize=["first_id"])
+def target_places_kernel(
+    places_ptr, target_ptr, place_ptr, sorted_ptr, N, V, first_id, BLOCK_N: tl.constexpr
+):
+    """place (N,) of each target's row, and first_id + place; both -1 where it is not here."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    target = tl.load(target_ptr + rows, mask=inside, other=-1)
+    column = target - first_id
+    local = inside & (target >= 0) & (column >= 0) & (column < V)
+    place = tl.load(places_ptr + column, mask=local, other=-1).to(tl.int64)
+    tl.store(place_ptr + rows, place, mask=inside)
+    tl.store(sorted_ptr + rows, tl.where(local, place + first_id, -1), mask=inside)
+
+
+@triton.jit
+def number_kept_kernel(kept_ptr, slot_ptr, T, BLOCK_T: tl.constexpr):
+    """slot (T,): how many kept tiles come before each; one program."""
+    before = 0
+    for start in range(0, T, BLOCK_T):
+        tiles = start + tl.arange(0, BLOCK_T)
+        kept = tl.load(kept_ptr + tiles, mask=tiles < T, other=0)
+        tl.store(slot_ptr + tiles, before + tl.cumsum(kept, axis=0) - kept, mask=tiles < T)
+        before += tl.sum(kept, axis=0)
+
+
+@triton.jit
+def kept_rows_kernel(
+    kept_ptr, slot_ptr, order_ptr, rows_ptr, flags_ptr, V, T, first_late, TILE: tl.constexpr
+):
+    """rows (V,): of the kept tiles; flags (2, T): kept, and how many rows are late."""
+    tile = tl.program_id(0)
+    kept = tl.load(kept_ptr + tile)
+    tl.store(flags_ptr + tile, kept)
+    in_tile = tl.arange(0, TILE)
+    places = tile * TILE + in_tile
+    inside = (places < V) & (kept != 0)
+    rows = tl.load(order_ptr + places, mask=inside, other=-1)
+    tl.store(flags_ptr + T + tile, tl.sum((rows >= first_late).to(tl.int32), axis=0))
+    tl.store(rows_ptr + tl.load(slot_ptr + tile) * TILE + in_tile, rows, mask=inside)
+
+
+@triton.jit(do_not_specialize=["first_id"])
+def plan_targets_kernel(
+    place_ptr,
+    target_ptr,
+    target_logit_ptr,
+    kept_ptr,
+    slot_ptr,
+    grad_ptr,
+    column_ptr,
+    row_ptr,
+    tile_ptr,
+    factor_ptr,
+    is_target_ptr,
+    N,
+    first_id,
+    weight,
+    logit_softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The fields of a TargetPlan; is_target holds zeros before."""
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    place = tl.load(place_ptr + rows, mask=inside, other=-1)
+    here = place >= 0
+    tile = tl.where(here, place // TILE, 0)
+    kept = here & (tl.load(kept_ptr + tile, mask=here, other=0) != 0)
+    slot = tl.load(slot_ptr + tile, mask=here, other=0).to(tl.int64)
+    tl.store(column_ptr + rows, tl.where(kept, slot * TILE + place % TILE, -1), mask=inside)
+    far = here & (kept == 0)
+    row = tl.load(target_ptr + rows, mask=inside, other=-1) - first_id
+    tl.store(row_ptr + rows, tl.where(far, row, -1), mask=inside)
+    tl.store(tile_ptr + rows, tl.where(here, tile, -1), mask=inside)
+    tl.store(is_target_ptr + row, tl.full((BLOCK_N,), 1, dtype=tl.uint8), mask=far)
+    grad = tl.load(grad_ptr + rows, mask=inside, other=0.0)
+    factor = grad * weight
+    if HAS_SOFTCAP:
+        capped = tl.load(target_logit_ptr + rows, mask=inside, other=0.0) / logit_softcap
+        factor *= 1.0 - capped * capped
+    # A masked token has gradient exactly 0 even where its logits are not finite.
+    tl.store(factor_ptr + rows, tl.where(grad == 0.0, 0.0, factor), mask=inside)
 
 
 @triton.jit
@@ -336,6 +465,151 @@ def tile_rows(like: Tensor) -> int:
     return config.block_v
 
 
+def mass_key(sampled: Tensor, bias: Tensor | None, logit_scale: float, out: Tensor) -> None:
+    """Key of the sorted order, of some rows.
+
+    Args:
+        sampled: (P, V) fp32 E C^T of the average token (row 0) and of sampled ones.
+        bias: (V,) or None.
+        logit_scale: factor on E C^T + bias.
+        out: (V,) fp32 average logit plus half of its variance.
+    """
+    num_probes, vocab = sampled.shape
+    launch(
+        mass_key_kernel,
+        ceil_div(vocab, _BLOCK_N),
+        sampled_ptr=sampled,
+        bias_ptr=bias,
+        out_ptr=out,
+        P=num_probes,
+        V=vocab,
+        stride_sampled=sampled.stride(0),
+        logit_scale=float(logit_scale),
+        HAS_BIAS=bias is not None,
+        BLOCK_V=_BLOCK_N,
+        num_warps=8,
+    )
+
+
+def target_places(order: Tensor, target: Tensor, first_id: int) -> tuple[Tensor, Tensor]:
+    """Where the targets' rows are in the order.
+
+    Args:
+        order: (V,) int64 permutation of the local rows.
+        target: (N,) int64 global ids.
+        first_id: id of local row 0.
+
+    Returns:
+        (N,) int64 place of each target's row, -1 where it is not among them; and the same plus
+        first_id where it is.
+    """
+    vocab, num_tokens = order.shape[0], target.shape[0]
+    places = torch.empty(vocab, dtype=torch.int32, device=order.device)
+    place, in_order = torch.empty_like(target), torch.empty_like(target)
+    launch(
+        invert_kernel,
+        ceil_div(vocab, _BLOCK_N),
+        order_ptr=order,
+        place_ptr=places,
+        V=vocab,
+        BLOCK_V=_BLOCK_N,
+        num_warps=4,
+    )
+    launch(
+        target_places_kernel,
+        ceil_div(num_tokens, _BLOCK_N),
+        places_ptr=places,
+        target_ptr=target,
+        place_ptr=place,
+        sorted_ptr=in_order,
+        N=num_tokens,
+        V=vocab,
+        first_id=first_id,
+        BLOCK_N=_BLOCK_N,
+        num_warps=4,
+    )
+    return place, in_order
+
+
+def kept_rows(kept: Tensor, order: Tensor, tile: int, first_late: int) -> KeptRows:
+    """The rows of the kept tiles.
+
+    Args:
+        kept: (T,) int32.
+        order: (V,) int64.
+        tile: B.
+        first_late: the first late row.
+    """
+    num_tiles, device = kept.shape[0], kept.device
+    rows = torch.empty(num_tiles * tile, dtype=torch.int64, device=device)
+    slot = torch.empty_like(kept)
+    flags = torch.empty((2, num_tiles), dtype=torch.int32, device=device)
+    launch(
+        number_kept_kernel,
+        1,
+        kept_ptr=kept,
+        slot_ptr=slot,
+        T=num_tiles,
+        BLOCK_T=1024,
+        num_warps=4,
+    )
+    launch(
+        kept_rows_kernel,
+        num_tiles,
+        kept_ptr=kept,
+        slot_ptr=slot,
+        order_ptr=order,
+        rows_ptr=rows,
+        flags_ptr=flags,
+        V=order.shape[0],
+        T=num_tiles,
+        first_late=first_late,
+        TILE=tile,
+        num_warps=4,
+    )
+    return KeptRows(rows, slot, flags)
+
+
+def plan_targets(
+    far: FarField, slot: Tensor, upstream: LogitGradient, logits: LocalLogits
+) -> TargetPlan:
+    """Where each token's one-hot is added, and its factor."""
+    num_tokens, vocab = far.place.shape[0], logits.weight.shape[0]
+    made = torch.empty_like
+    plan = TargetPlan(
+        made(far.place),
+        made(far.place),
+        made(far.place),
+        made(upstream.grad),
+        torch.zeros(vocab, dtype=torch.uint8, device=slot.device),
+    )
+    softcap = logits.logit_softcap
+    launch(
+        plan_targets_kernel,
+        ceil_div(num_tokens, _BLOCK_N),
+        place_ptr=far.place,
+        target_ptr=logits.target,
+        target_logit_ptr=far.target_logit,
+        kept_ptr=far.kept,
+        slot_ptr=slot,
+        grad_ptr=upstream.grad,
+        column_ptr=plan.column,
+        row_ptr=plan.row,
+        tile_ptr=plan.tile,
+        factor_ptr=plan.factor,
+        is_target_ptr=plan.is_target,
+        N=num_tokens,
+        first_id=logits.first_id,
+        weight=float(-upstream.onehot_weight * logits.logit_scale),
+        logit_softcap=1.0 if softcap is None else float(softcap),
+        HAS_SOFTCAP=softcap is not None,
+        TILE=tile_rows(logits.input),
+        BLOCK_N=_BLOCK_N,
+        num_warps=4,
+    )
+    return plan
+
+
 def gather_tiles(weight: Tensor, rows: Tensor, tile: int, means: Tensor) -> Tensor:
     """weight[rows] (R, D), its rows aligned, and the mean of each `tile` of them into `means`.
 
@@ -575,7 +849,7 @@ def write_far_rows(
             far_ptr=far.weight,
             order_ptr=far.order,
             kept_ptr=far.kept,
-            is_target_ptr=far.is_target,
+            is_target_ptr=far.targets.is_target,
             out_ptr=out,
             stride_out=out.stride(0),
             BLOCK_V=block_v,
@@ -591,8 +865,8 @@ def write_far_rows(
         input_ptr=input,
         row_ptr=far.sorted_rows,
         token_ptr=far.sorted_tokens,
-        tile_ptr=far.tile_of_target,
-        factor_ptr=far.factors,
+        tile_ptr=far.targets.tile,
+        factor_ptr=far.targets.factor,
         out_ptr=out,
         bias_ptr=bias,
         N=input.shape[0],
