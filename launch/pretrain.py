@@ -1,5 +1,6 @@
 """Pretrain a GPT with megatron.core: one machine or many, CPU or GPUs, stock loss or fused.
 
+bash launch/torchrun.sh --config configs/tiny_cpu.yaml            (or mpirun.sh, slurm.sbatch)
 torchrun --nproc-per-node 2 -m launch.pretrain --config configs/tiny_cpu.yaml
 torchrun --nproc-per-node 8 --nnodes 2 ... -m launch.pretrain --config configs/llama3_8b_tp8.yaml \
     megatron.lr=1e-4 cce.loss=stock
@@ -19,6 +20,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from launch.training import settings
+
+# Exit status of rank 0 after SIGTERM, as a shell reports it.
+_TERMINATED = 143
 
 
 def parse(arguments: Sequence[str] | None = None) -> tuple[str, list[str]]:
@@ -45,8 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"launch.pretrain: {error}", file=sys.stderr)
         return 2
-    train(run)
-    return 0
+    try:
+        summary = train(run)
+    except ValueError as error:  # settings that do not fit this machine, model or checkpoint
+        print(f"launch.pretrain: {error}", file=sys.stderr, flush=True)
+        return 2
+    return _TERMINATED if "stopped" in summary else 0
 
 
 def prepare() -> None:

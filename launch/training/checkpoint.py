@@ -1,15 +1,20 @@
 """Saving and resuming through megatron.core's distributed checkpoints.
 
-A checkpoint is whole before `latest_checkpointed_iteration.txt` names it: that file, of Megatron's
-own name and content, is replaced in one step at the end.
+A checkpoint is written under another name and takes its own when it is whole; after that
+`latest_checkpointed_iteration.txt` names it: that file, of Megatron's own name and content, is
+replaced in one step. Beside Megatron's files lies `manifest.json`, with the size and the SHA-256 of
+each. Before anything is loaded, all of it is compared, and what was pickled is checked against
+`trust`; a checkpoint that fails is refused, and the one before it is used.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,17 +25,30 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 
+from launch.training import trust
+
 _LATEST = "latest_checkpointed_iteration.txt"
+_MANIFEST = "manifest.json"
 # Distributed-optimizer state by parameter, not by bucket: loads under another parallel layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# What a checkpoint must have in common with the model that it is loaded into.
+_MODEL = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
+_CHUNK_BYTES = 1 << 22
 
 
 def latest(folder: str | os.PathLike[str]) -> int | None:
-    """Iteration of the last whole checkpoint; None if there is none."""
+    """Iteration of the last whole checkpoint; None if there is none.
+
+    Raises:
+        ValueError: the file that names it holds no number.
+    """
     try:
-        return int((Path(folder) / _LATEST).read_text())
+        text = (Path(folder) / _LATEST).read_text(errors="replace").strip()
     except FileNotFoundError:
         return None
+    if not text.isascii() or not text.isdigit():
+        raise ValueError(f"megatron.load: expected a number in {folder}/{_LATEST}, got {text!r}")
+    return int(text)
 
 
 def folder_of(folder: str | os.PathLike[str], iteration: int) -> Path:
@@ -38,30 +56,228 @@ def folder_of(folder: str | os.PathLike[str], iteration: int) -> Path:
     return Path(folder) / f"iter_{iteration:07d}"
 
 
+def set_aside(folder: str | os.PathLike[str]) -> Path | None:
+    """Move an earlier run's checkpoints out of the way of a new run's; called by all ranks.
+
+    A job that starts again must find its own checkpoints only. None is deleted.
+
+    Returns:
+        The subfolder that has them now; None if there were none.
+    """
+
+    def move() -> Path | None:
+        found = [*Path(folder).glob("iter_*"), *Path(folder).glob(_LATEST)]
+        if not found:
+            return None
+        number = 1
+        while (target := Path(folder) / f"earlier-{number}").exists():
+            number += 1
+        target.mkdir()
+        for path in sorted(found, reverse=True):  # the name of the latest first
+            path.rename(target / path.name)
+        return target
+
+    return _on_first_rank(move)
+
+
 def save(
     folder: str, iteration: int, chunks: list[Any], optimizer: Any, schedule: Any, samples: int
 ) -> None:
-    """Write model, optimizer, schedule and generators; returns when all ranks' parts are there."""
+    """Write model, optimizer, schedule and generators; returns when all ranks' parts are there.
+
+    Raises:
+        RuntimeError: it could not be written. Earlier checkpoints are as they were.
+    """
     target = folder_of(folder, iteration)
+    partial_ = target.with_name(f"{target.name}.partial")
+    try:
+        _on_first_rank(lambda: _make_empty(partial_))
+        state = _state(chunks, optimizer, schedule, is_loading=False)
+        state["iteration"], state["consumed_samples"] = iteration, samples
+        state["parallel"] = _layout()
+        dist_checkpointing.save(state, str(partial_))
+        dist.barrier()
+        names = _on_first_rank(lambda: _files(partial_))
+        _on_first_rank(_write_manifest, partial_, _gather_facts(partial_, names), _model(chunks))
+        _on_first_rank(lambda: _publish(partial_, target, iteration))
+    except Exception as error:
+        # Nothing collective here: the other ranks may not have failed.
+        if dist.get_rank() == 0:
+            shutil.rmtree(partial_, ignore_errors=True)
+        raise RuntimeError(
+            f"megatron.save: expected to write the checkpoint of iteration {iteration} to {folder},"
+            f" got {type(error).__name__}: {error}; the last whole one is {_named(folder)}"
+        ) from error
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # left by a save that did not end
+    folder.mkdir(parents=True)
+
+
+def _publish(partial_: Path, target: Path, iteration: int) -> None:
+    if target.exists():  # refused by `load`, or left by a release that wrote in place
+        shutil.rmtree(target)
+    partial_.rename(target)
+    _write(target.parent / _LATEST, str(iteration))
+
+
+def _named(folder: str | os.PathLike[str]) -> str:
+    try:
+        iteration = latest(folder)
+    except (OSError, ValueError):
+        return "not known"
+    return "none" if iteration is None else f"of iteration {iteration}"
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace a small file in one step, and make sure that it is on the disk."""
+    temporary = path.with_name(f"{path.name}.new")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    handle = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _on_first_rank(function: Callable[..., Any], *args: Any) -> Any:
+    """Call on rank 0; what it returns or raises, on every rank."""
+    outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
-        if latest(folder) == iteration:  # of an earlier run in the same folder
-            (Path(folder) / _LATEST).unlink()
-        shutil.rmtree(target, ignore_errors=True)  # left by a save that did not end
-        target.mkdir(parents=True)
-    dist.barrier()
-    state = _state(chunks, optimizer, schedule, is_loading=False)
-    state["iteration"], state["consumed_samples"] = iteration, samples
-    state["parallel"] = _layout()
-    dist_checkpointing.save(state, str(target))
-    dist.barrier()
+        try:
+            outcome[0] = function(*args)
+        except (OSError, ValueError) as error:
+            outcome[1] = f"{type(error).__name__}: {error}"
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise RuntimeError(outcome[1])
+    return outcome[0]
+
+
+def _files(folder: Path) -> list[str]:
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != _MANIFEST)
+    return sorted(str(path.relative_to(folder)) for path in paths)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(_CHUNK_BYTES):
+            digest.update(part)
+    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _gather_facts(folder: Path, names: list[str]) -> dict[str, Any]:
+    """{file: facts} of all files, each read by one of the ranks."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    parts: list[Any] = [None] * size
+    dist.all_gather_object(parts, {name: _facts(folder / name) for name in names[rank::size]})
+    return {name: facts for part in parts for name, facts in part.items()}
+
+
+def _write_manifest(folder: Path, files: dict[str, Any], model: dict[str, int]) -> None:
+    _write(folder / _MANIFEST, json.dumps({"files": files, "model": model}, indent=1))
+
+
+def _model(chunks: list[Any]) -> dict[str, int]:
+    return {name: getattr(chunks[0].config, name) for name in _MODEL}
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
+    """None if there is none, as in checkpoints that Megatron has written.
+
+    Raises:
+        ValueError: it is not what `_write_manifest` writes.
+    """
+    try:
+        found = json.loads((folder / _MANIFEST).read_bytes())
+        files = {str(name): (each["bytes"], each["sha256"]) for name, each in found["files"].items()}
+        return {"files": files, "model": dict(found["model"])}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{_MANIFEST} is damaged ({type(error).__name__}: {error})") from error
+
+
+def _problem(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, or None; the same answer on all ranks, who share the work."""
+    problem = None
+    try:
+        if not folder.is_dir():
+            raise ValueError("there is no such folder")
+        manifest = _read_manifest(folder)
+        if manifest is not None:
+            _compare(folder, [*manifest["files"].items()][dist.get_rank() :: dist.get_world_size()])
+        if dist.get_rank() == 0:
+            trust.check(folder)
+    except (OSError, ValueError) as error:
+        problem = str(error)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, problem)
+    return next((text for text in everyone if text is not None), None)
+
+
+def _compare(folder: Path, files: list[tuple[str, tuple[int, str]]]) -> None:
+    for name, (size, digest) in files:
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if path.stat().st_size != size:
+            raise ValueError(f"{name} has {path.stat().st_size} bytes, not {size}")
+        if _facts(path)["sha256"] != digest:
+            raise ValueError(f"{name} is not what was written (SHA-256)")
+
+
+def _candidates(folder: str | os.PathLike[str]) -> Iterator[int]:
+    """Iterations to try, best first: the one that is named, then older ones that were whole."""
+    try:
+        named = latest(folder)
+        if named is None:
+            return
+        yield named
+    except ValueError as error:
+        _say(f"{error}; taking the newest whole checkpoint")
+        named = None
+    numbers = [
+        int(path.name[5:])
+        for path in Path(folder).glob("iter_*")
+        if path.name[5:].isdigit() and (path / _MANIFEST).exists()
+    ]
+    yield from sorted((n for n in numbers if named is None or n < named), reverse=True)
+
+
+def _say(line: str) -> None:
     if dist.get_rank() == 0:
-        temporary = Path(folder) / f"{_LATEST}.new"
-        with open(temporary, "w") as file:
-            file.write(str(iteration))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, Path(folder) / _LATEST)
-    dist.barrier()
+        print(f"launch.pretrain: {line}", flush=True)
+
+
+def find(folder: str | os.PathLike[str]) -> int | None:
+    """Iteration of the newest checkpoint that is whole and may be trusted; called by all ranks.
+
+    Returns:
+        None if the folder has no checkpoint at all.
+
+    Raises:
+        ValueError: it has, but none that can be used; on every rank.
+    """
+    tried = _on_first_rank(lambda: [*_candidates(folder)])
+    refused = []
+    for iteration in tried:
+        problem = _problem(folder_of(folder, iteration))
+        if problem is None:
+            return iteration
+        refused.append(f"iteration {iteration}: {problem}")
+        _say(f"checkpoint of {refused[-1]}; refused")
+    if refused:
+        raise ValueError(
+            f"megatron.load: expected a whole checkpoint in {folder}, got {'; '.join(refused)}"
+        )
+    return None
 
 
 def load(
@@ -73,17 +289,28 @@ def load(
     with_optimizer: bool = True,
     with_generators: bool = True,
 ) -> tuple[int, int]:
-    """Read the last checkpoint of a folder into the objects.
+    """Read the newest usable checkpoint of a folder into the objects; called by all ranks.
 
-    Generators are restored where the parallel layout is the one of the save.
+    It may come from another parallel layout. Generators are restored where the layout is the one
+    of the save.
 
     Returns:
         (iteration, samples consumed); (0, 0) if there is no checkpoint.
+
+    Raises:
+        ValueError: on every rank, no checkpoint that is whole, or one of another model.
     """
-    iteration = latest(folder)
+    iteration = find(folder)
     if iteration is None:
         return 0, 0
     source = str(folder_of(folder, iteration))
+    manifest = _read_manifest(Path(source))
+    for name, here in _model(chunks).items():
+        there = here if manifest is None else manifest["model"].get(name, here)
+        if there != here:
+            raise ValueError(
+                f"megatron.{name}: expected {there}, as in the checkpoint {source}, got {here}"
+            )
     common = dist_checkpointing.load_common_state_dict(source)
     with_generators = with_generators and common.get("parallel") == _layout()
     asked = (optimizer, schedule) if with_optimizer else (None, None)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +18,14 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from launch import topology
 from launch.training import checkpoint, data, model
 from launch.training.report import Clock, Report, peak_mib
 from launch.training.settings import Settings
 from megatron_integration import fused_count, materialized_count
+
+# So many steps in a row whose loss or gradient is not finite are no accident.
+_MOST_SKIPPED = 10
 
 
 class Trainer:
@@ -42,34 +49,76 @@ class Trainer:
         self.train_data, self.valid_data = data.datasets(self.loop, origin, self.batch)
         self.chunks = model.build_model(settings, self.padded_vocab, device)
         self.optimizer, self.schedule = model.build_optimizer(settings, self.chunks)
-        self.start, self.samples = 0, 0
-        if self.loop.load:
-            self.start, self.samples = checkpoint.load(
-                self.loop.load,
+        self.start, self.samples = self._resume()
+        self.iteration = self.start
+        self._skipped = 0
+        self._bad_ranks: list[int] = []
+
+    def _resume(self) -> tuple[int, int]:
+        """(iteration, samples) of the checkpoint that was loaded, or zeros."""
+        own, given = self.loop.save, self.loop.load
+        restarted = own is not None and topology.resolve().restarts > 0
+        if restarted and own is not None:
+            # Only what this job has written: its first start has set the rest aside.
+            found = checkpoint.load(own, self.chunks, self.optimizer, self.schedule)
+            if found[0]:
+                return found
+        found = (0, 0)
+        if given:
+            found = checkpoint.load(
+                given,
                 self.chunks,
                 self.optimizer,
                 self.schedule,
                 with_optimizer=not self.loop.no_load_optim,
                 with_generators=not self.loop.no_load_rng,
             )
+        if own is not None and not restarted and not (given and _same_folder(own, given)):
+            aside = checkpoint.set_aside(own)
+            if aside is not None and self.rank == 0:
+                print(f"launch.pretrain: the checkpoints of an earlier run are in {aside} now")
+        return found
 
     def run(self) -> dict[str, Any]:
         """Train to the last iteration; returns the summary on rank 0, {} elsewhere.
 
+        After SIGTERM on any rank: a checkpoint at the end of the step, if `save` is set, and an
+        orderly return with `stopped` in the summary.
+
         Raises:
-            RuntimeError: a loss that is not finite, with the iteration and the rank.
+            RuntimeError: a loss or gradient that is not finite, or a collective that another rank
+                has left, with the iteration and the rank.
         """
         report = Report(self.rank == 0, self.settings, self.start)
         self._announce(report)
+        with Signals() as signals:
+            try:
+                return self._run(report, signals)
+            except RuntimeError as error:
+                if not _of_a_collective(error):
+                    raise
+                raise RuntimeError(
+                    f"iteration {self.iteration}: rank {self.rank} has lost another rank in a "
+                    f"collective; the rank that failed first names the cause: {error}"
+                ) from error
+
+    def _run(self, report: Report, signals: Signals) -> dict[str, Any]:
         begin, clock = time.perf_counter(), Clock()
         batches = self._batches(self.train_data, self.samples, self.loop.train_iters * self.batch)
         losses: list[Tensor] = []
         for iteration in range(self.start + 1, self.loop.train_iters + 1):
-            loss, norm = self._step(batches)
-            losses.append(loss)
+            self.iteration = iteration
+            loss, norm, stopping = self._step(batches, signals)
             self.samples += self.batch
+            if loss is None:
+                report.skipped(iteration, self._bad_ranks)
+            else:
+                losses.append(loss)
             last = iteration == self.loop.train_iters or _due(self.loop.exit_interval, iteration)
-            if last or iteration % self.loop.log_interval == 0 or iteration == self.start + 1:
+            last = last or stopping
+            if not losses:
+                pass
+            elif last or iteration % self.loop.log_interval == 0 or iteration == self.start + 1:
                 self._log(report, iteration, losses, norm, clock)
             clock.pause()
             if self.loop.eval_interval and (last or _due(self.loop.eval_interval, iteration)):
@@ -79,8 +128,10 @@ class Trainer:
             clock.resume()
             if last:
                 break
-        seconds = time.perf_counter() - begin
-        return report.close(self._facts(seconds))
+        facts = self._facts(time.perf_counter() - begin)
+        if stopping:
+            facts["stopped"] = f"by SIGTERM after iteration {self.iteration}"
+        return report.close(facts)
 
     def _announce(self, report: Report) -> None:
         own = sum(p.numel() for chunk in self.chunks for p in chunk.parameters())
@@ -92,6 +143,8 @@ class Trainer:
             f"{self.replicas} sequences of {self.loop.seq_length} tokens a step, "
             f"loss {self.settings.loss.loss}, from iteration {self.start}"
         )
+        report.note(f"topology: {topology.resolve()}")
+        report.note(f"placement: {model.placement()}")
 
     def _batches(self, dataset: Any, first: int, count: int) -> list[Any]:
         """One iterator per chunk; None on stages that read neither tokens nor labels."""
@@ -136,18 +189,61 @@ class Trainer:
             total += torch.stack([result["loss"] for result in results]).sum(0)
         return total
 
-    def _step(self, batches: list[Any]) -> tuple[Tensor, Any]:
-        """(sum of losses and number of tokens of this rank, gradient norm)."""
+    def _step(self, batches: list[Any], signals: Signals) -> tuple[Tensor | None, Any, bool]:
+        """(sum of losses and number of tokens of this rank, gradient norm, whether to stop).
+
+        The first is None, and no parameter has changed, where the step was skipped.
+        """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = self._pass(batches, self.microbatches, forward_only=False)
-        _, norm, _ = self.optimizer.step()
+        usable, stopping = self._usable(loss, signals)
+        norm = None
+        if usable:
+            _, norm, _ = self.optimizer.step()
         self.schedule.step(increment=self.batch)
-        return loss, norm
+        return loss if usable else None, norm, stopping
+
+    def _usable(self, loss: Tensor, signals: Signals) -> tuple[bool, bool]:
+        """(whether loss and gradients are finite on all ranks, whether a rank got SIGTERM).
+
+        One small all-reduce per step, before the update, so that no parameter and no checkpoint
+        takes in what is not finite, and all ranks leave after the same step.
+        """
+        bad_loss = ~torch.isfinite(loss).all()
+        bad_grad = torch.zeros_like(bad_loss)
+        if not self.settings.core.get("fp16"):  # there the loss scale's own business
+            for extremes in map(torch.aminmax, self._gradients()):
+                bad_grad |= ~(extremes.min.isfinite() & extremes.max.isfinite())
+        flags = torch.stack([bad_loss, bad_grad, torch.full_like(bad_loss, signals.terminate)])
+        found = flags.to(torch.int32)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        any_loss, any_grad, stopping = found.tolist()
+        if not (any_loss or any_grad):
+            self._skipped = 0
+            return True, bool(stopping)
+        table = self._gather(torch.cat([loss, flags[:2].to(loss.dtype)]))
+        self._bad_ranks = table[:, 2:].amax(1).nonzero().flatten().tolist()
+        rank = self._bad_ranks[0]
+        what = "loss" if any_loss else "gradient"
+        value = table[rank, 0].item() if any_loss else "NaN or infinity"
+        text = f"got {value} at iteration {self.iteration} on rank {rank}"
+        self._skipped += 1
+        if self.loop.nonfinite_loss == "stop" or self._skipped >= _MOST_SKIPPED:
+            more = "" if self._skipped == 1 else f", {self._skipped} iterations in a row"
+            raise RuntimeError(f"{what}: expected a finite number, {text}{more}")
+        return False, bool(stopping)
+
+    def _gradients(self) -> Iterator[Tensor]:
+        """Buffers with the gradients of this rank's parameters."""
+        for chunk in self.chunks:
+            for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                if buffer.grad_data.numel():
+                    yield buffer.grad_data
 
     def _gather(self, losses: Tensor) -> Tensor:
-        """(n, 2) of this rank -> (ranks, n, 2); an all-reduce, which every backend has."""
+        """(n, ...) of this rank -> (ranks, n, ...); an all-reduce, which every backend has."""
         table = losses.new_zeros(dist.get_world_size(), *losses.shape)
         table[self.rank] = losses
         dist.all_reduce(table)
@@ -156,17 +252,7 @@ class Trainer:
     def _log(
         self, report: Report, iteration: int, losses: list[Tensor], norm: Any, clock: Clock
     ) -> None:
-        table = self._gather(torch.stack(losses))
-        first = iteration - len(losses) + 1
-        bad = (~torch.isfinite(table)).any(-1).nonzero()
-        if len(bad):
-            rank, step = bad[bad[:, 1].argmin()].tolist()
-            value = table[rank, step, 0].item()
-            raise RuntimeError(
-                f"loss: expected a finite number, got {value} at iteration {first + step} on rank "
-                f"{rank}"
-            )
-        sums = table.double().sum(0)
+        sums = self._gather(torch.stack(losses)).double().sum(0)
         tokens = len(losses) * self.batch * self.loop.seq_length
         values = {
             "loss": (sums[-1, 0] / sums[-1, 1].clamp(min=1)).item(),
@@ -235,6 +321,41 @@ class _Synchronised:
     def __exit__(self, *_: object) -> None:
         for chunk in self._chunks:
             chunk.enable_forward_pre_hook()
+
+
+class Signals:
+    """Notes SIGTERM instead of ending the process, inside a `with`; a second one ends it.
+
+    Attributes:
+        terminate: whether this process has got it.
+    """
+
+    def __init__(self) -> None:
+        self.terminate = False
+        self._before: Any = None
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        del number, frame
+        self.terminate = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _of_a_collective(error: RuntimeError) -> bool:
+    """Whether it comes of torch.distributed, where the cause is on another rank."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+
+
+def _same_folder(one: str, other: str) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
 
 
 def _due(interval: int | None, iteration: int) -> bool:

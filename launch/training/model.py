@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
+import hashlib
+import json
 import random
+import socket
 from argparse import Namespace
 from datetime import timedelta
 from importlib.util import find_spec
@@ -29,6 +31,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from launch import topology
 from launch.training.attention import use_fused_attention
 from launch.training.settings import Settings
 from megatron_integration import CceConfig, install
@@ -40,30 +43,90 @@ def start_distributed(settings: Settings) -> torch.device:
     Ranks may share a device (gloo only): rank r of a machine takes device r modulo their number.
 
     Raises:
-        ValueError: several ranks per device under nccl, or not started by a launcher.
+        ValueError: several ranks per device under nccl, not started by a launcher, or, on every
+            rank, ranks that were started with other settings.
     """
-    loop = settings.loop
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise ValueError(f"{name}: expected to be set, start this through torchrun; got none")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    loop, place = settings.loop, topology.resolve()
     device, backend = torch.device("cpu"), loop.distributed_backend or "gloo"
     if torch.cuda.is_available():
         backend = loop.distributed_backend or "nccl"
         devices = torch.cuda.device_count()
-        if backend == "nccl" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > devices:
+        # srun may show each task its own device only.
+        shared = devices > 1 or place.launcher != "srun"
+        if backend == "nccl" and shared and place.local_world_size > devices:
             raise ValueError(
                 f"megatron.distributed_backend: expected gloo for more ranks than the {devices} "
                 "device(s) of this machine, got nccl"
             )
-        device = torch.device("cuda", local_rank % devices)
+        device = torch.device("cuda", place.local_rank % devices)
         torch.cuda.set_device(device)
         if backend == "gloo":
             _reduce_one_by_one()
     timeout = timedelta(minutes=loop.distributed_timeout_minutes)
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timeout)
+    _agree_on(settings, device)
     return device
+
+
+def _agree_on(settings: Settings, device: torch.device) -> None:
+    """Raise the same ValueError on every rank unless all ranks have the same settings.
+
+    What each rank reports is its own; everything else decides which collectives it enters.
+    """
+    mine = settings.flat()
+    digest = hashlib.sha256(json.dumps(mine, sort_keys=True, default=str).encode()).digest()
+    number = int.from_bytes(digest[:7], "big")
+    bounds = torch.tensor([number, -number], dtype=torch.int64, device=device)
+    dist.all_reduce(bounds, dist.ReduceOp.MAX)
+    if bounds[0].item() == -bounds[1].item():
+        return
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    for rank, theirs in enumerate(everyone):
+        for key in sorted(everyone[0].keys() | theirs.keys()):
+            first, other = everyone[0].get(key), theirs.get(key)
+            if str(first) != str(other):
+                raise ValueError(
+                    f"{key}: expected the same on every rank, got {first!r} on rank 0 and "
+                    f"{other!r} on rank {rank}"
+                )
+
+
+def placement() -> str:
+    """One line: the parallel sizes, and whether each tensor-parallel group is inside a node.
+
+    A collective over all ranks.
+    """
+    names: list[Any] = [None] * dist.get_world_size()
+    place = topology.resolve()
+    dist.all_gather_object(names, (place.node, socket.gethostname()))
+    group = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
+    spans = torch.tensor([len({names[rank][0] for rank in group}) > 1], dtype=torch.int32)
+    spans = spans.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
+    dist.all_reduce(spans, dist.ReduceOp.MAX)
+    sizes = {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(),
+    }
+    hosts: dict[Any, list[int]] = {}
+    for rank, node in enumerate(names):
+        hosts.setdefault(node, []).append(rank)
+    some = ", ".join(f"{name}: {_runs(ranks)}" for (_, name), ranks in [*hosts.items()][:8])
+    text = ", ".join(f"{kind} {size}" for kind, size in sizes.items())
+    text += f"; ranks by node: {some}{', ...' if len(hosts) > 8 else ''}"
+    if spans.item():
+        text += "; SLOW: a tensor-parallel group spans nodes (docs/multi-node.md, placement)"
+    return text
+
+
+def _runs(ranks: list[int]) -> str:
+    """[0, 1, 2, 3] -> "0-3"."""
+    if ranks == [*range(ranks[0], ranks[-1] + 1)] and len(ranks) > 1:
+        return f"{ranks[0]}-{ranks[-1]}"
+    return " ".join(map(str, ranks))
 
 
 def _reduce_one_by_one() -> None:

@@ -29,7 +29,13 @@ class LoopOptions:
         mock_data: made-up tokens.
         data_cache_path: where tokenizer, text and dataset indexes are kept.
         tokenizer_model: JSON file of the tokenizers library, for data_path.
-        save, load: checkpoint folders; load falls back on a fresh start where there is none.
+        save, load: checkpoint folders; load falls back on a fresh start where there is none. A
+            job that its launcher starts again after a failure loads from `save`.
+        nonfinite_loss: what to do about a loss or a gradient that is NaN or infinite. stop: an
+            error with iteration and rank, at the latest at the next log or save, before anything
+            is saved. skip: every step is checked before its update, a bad one is reported and
+            leaves the parameters as they were; ten in a row are an error. (Not an option of
+            Megatron's own.)
         distributed_backend: nccl or gloo; default: nccl where there are CUDA devices.
         attention_backend: unfused is Megatron's own; anything else PyTorch's fused attention
             unless Transformer Engine is used.
@@ -84,6 +90,7 @@ class LoopOptions:
     load: str | None = None
     no_load_optim: bool = False
     no_load_rng: bool = False
+    nonfinite_loss: str = "stop"
     distributed_backend: str | None = None
     distributed_timeout_minutes: int = 30
     attention_backend: str = "auto"

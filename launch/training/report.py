@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -60,6 +61,13 @@ class Report:
         )
         self._bar.update(iteration - self._bar.n)
 
+    def skipped(self, iteration: int, ranks: list[int]) -> None:
+        """A training iteration without an update, as these ranks' losses were not finite."""
+        if not self._active:
+            return
+        self._add(iteration, {"skipped_ranks": ranks})
+        self._bar.write(f"iteration {iteration}: skipped, not finite on rank(s) {ranks}")
+
     def validation(self, iteration: int, loss: float) -> None:
         """A validation loss."""
         if not self._active:
@@ -87,14 +95,15 @@ class Report:
         print("\n".join(f"  {key:<{width}}  {_text(value)}" for key, value in summary.items()))
         return summary
 
-    def _add(self, iteration: int, values: dict[str, float]) -> None:
+    def _add(self, iteration: int, values: dict[str, Any]) -> None:
         record = {"iteration": iteration, **values}
         self.records.append(record)
         with open(self._metrics, "a") as file:
             file.write(json.dumps(record) + "\n")
         if self._board is not None:
             for key, value in values.items():
-                self._board.add_scalar(key, value, iteration)
+                if isinstance(value, float):
+                    self._board.add_scalar(key, value, iteration)
 
 
 def _board(folder: str | None, start: int) -> Any:
@@ -108,7 +117,14 @@ def _board(folder: str | None, start: int) -> Any:
 def _read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        # A run that was killed may have left half a line.
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            record = json.loads(line)
+            record["iteration"] + 0
+            found.append(record)
+    return found
 
 
 def _ends(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -44,6 +44,14 @@ class Settings:
         """Size of `tensor_model_parallel`, `context_parallel` and so on."""
         return self.core.get(f"{kind}_size") or 1
 
+    def flat(self) -> dict[str, Any]:
+        """Every setting that ranks must share, by its full name."""
+        sections = {
+            "megatron": {**dataclasses.asdict(self.loop), **self.core},
+            "cce": dataclasses.asdict(self.loss),
+        }
+        return {f"{name}.{key}": v for name, keys in sections.items() for key, v in keys.items()}
+
 
 def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The sections of a file with the command line's `section.key=value` put over them.
@@ -210,6 +218,10 @@ def _check_values(settings: Settings) -> None:
         value = core.get(key) if key in core else getattr(loop, key, None)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"megatron.{key}: expected a positive integer, got {value!r}")
+    if loop.nonfinite_loss not in ("stop", "skip"):
+        raise ValueError(
+            f"megatron.nonfinite_loss: expected stop or skip, got {loop.nonfinite_loss!r}"
+        )
     if loop.distributed_backend not in (None, "nccl", "gloo"):
         raise ValueError(
             f"megatron.distributed_backend: expected nccl or gloo, got {loop.distributed_backend!r}"
