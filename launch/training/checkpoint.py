@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from torch.distributed.checkpoint import CheckpointException
 
 from launch.training import trust
 
@@ -100,14 +101,21 @@ def save(
         names = _on_first_rank(lambda: _files(partial_))
         _on_first_rank(_write_manifest, partial_, _gather_facts(partial_, names), _model(chunks))
         _on_first_rank(lambda: _publish(partial_, target, iteration))
-    except Exception as error:
+    except (Exception, CheckpointException) as error:  # torch derives its own from BaseException
         # Nothing collective here: the other ranks may not have failed.
         if dist.get_rank() == 0:
             shutil.rmtree(partial_, ignore_errors=True)
         raise RuntimeError(
             f"megatron.save: expected to write the checkpoint of iteration {iteration} to {folder},"
-            f" got {type(error).__name__}: {error}; the last whole one is {_named(folder)}"
+            f" got {_cause(error)}; the last whole one is {_named(folder)}"
         ) from error
+
+
+def _cause(error: BaseException) -> str:
+    if isinstance(error, CheckpointException):
+        failures = [f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items()]
+        return "; ".join(failures) or "a failure on another rank"
+    return f"{type(error).__name__}: {error}"
 
 
 def _make_empty(folder: Path) -> None:

@@ -173,7 +173,10 @@ class Trainer:
         return output, partial(_loss, batch["loss_mask"])
 
     def _pass(self, batches: list[Any], microbatches: int, *, forward_only: bool) -> Tensor:
-        """All micro-batches of one step; (2,) fp32 sum of losses and number of tokens, local."""
+        """All micro-batches of one step; (2,) fp32 sum of losses and number of tokens.
+
+        Zeros where the pipeline stage has no loss; equal on tensor-parallel ranks.
+        """
         results = get_forward_backward_func()(
             forward_step_func=self._forward,
             data_iterator=batches if len(batches) > 1 else batches[0],
@@ -184,10 +187,14 @@ class Trainer:
             forward_only=forward_only,
         )
         total = torch.zeros(2, device=self.device)
-        # Tensor-parallel ranks hold the same loss: one of them counts.
-        if results and parallel_state.get_tensor_model_parallel_rank() == 0:
+        if results:
             total += torch.stack([result["loss"] for result in results]).sum(0)
         return total
+
+    def _counted(self, total: Tensor) -> Tensor:
+        """Tensor-parallel ranks hold the same loss: one of them counts."""
+        first = parallel_state.get_tensor_model_parallel_rank() == 0
+        return total if first else torch.zeros_like(total)
 
     def _step(self, batches: list[Any], signals: Signals) -> tuple[Tensor | None, Any, bool]:
         """(sum of losses and number of tokens of this rank, gradient norm, whether to stop).
@@ -203,7 +210,7 @@ class Trainer:
         if usable:
             _, norm, _ = self.optimizer.step()
         self.schedule.step(increment=self.batch)
-        return loss if usable else None, norm, stopping
+        return self._counted(loss) if usable else None, norm, stopping
 
     def _usable(self, loss: Tensor, signals: Signals) -> tuple[bool, bool]:
         """(whether loss and gradients are finite on all ranks, whether a rank got SIGTERM).
@@ -224,7 +231,8 @@ class Trainer:
             self._skipped = 0
             return True, bool(stopping)
         table = self._gather(torch.cat([loss, flags[:2].to(loss.dtype)]))
-        self._bad_ranks = table[:, 2:].amax(1).nonzero().flatten().tolist()
+        # A bad loss says more on where it came from: gradients are summed over ranks.
+        self._bad_ranks = table[:, 2 if any_loss else 3].nonzero().flatten().tolist()
         rank = self._bad_ranks[0]
         what = "loss" if any_loss else "gradient"
         value = table[rank, 0].item() if any_loss else "NaN or infinity"
@@ -275,7 +283,7 @@ class Trainer:
                 total = self._pass(batches, self.microbatches * count, forward_only=True)
             for chunk in self.chunks:
                 chunk.train()
-        sums = self._gather(total.unsqueeze(0)).double().sum((0, 1))
+        sums = self._gather(self._counted(total)).double().sum(0)
         return (sums[0] / sums[1].clamp(min=1)).item()
 
     def _save(self, iteration: int) -> None:

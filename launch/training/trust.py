@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as torch_checkpoint
 from torch.distributed.checkpoint import metadata as torch_metadata
 
 # Classes by the modules whose pickles name them; all hold data and do nothing else.
@@ -30,8 +29,14 @@ _KNOWN: dict[str, set[str]] = {
         "_MEM_FORMAT_ENCODING",
     },
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
     "torch.serialization": {"_get_layout"},
-    "torch": {"Size", "device"} | {str(d)[6:] for d in vars(torch).values() if isinstance(d, torch.dtype)},
+    "torch": {"Size", *(n for n, value in vars(torch).items() if isinstance(value, torch.dtype))},
     "collections": {"OrderedDict"},
     "builtins": {"set"},
 }
