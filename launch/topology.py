@@ -31,7 +31,8 @@ class Topology:
         local_rank, local_world_size: among those of this node.
         node, nodes: number of this node, and how many there are.
         address, port: where rank 0 listens for the rendezvous of torch.distributed.
-        restarts: how often the launcher has started this job again after a failure.
+        job: name under which the launcher starts this job again after a failure; None: it does not.
+        restarts: how often it has done so, as far as this node knows.
     """
 
     launcher: str
@@ -43,6 +44,7 @@ class Topology:
     nodes: int
     address: str
     port: int
+    job: str | None = None
     restarts: int = 0
 
     def __post_init__(self) -> None:
@@ -72,9 +74,10 @@ class Topology:
 
     def __str__(self) -> str:
         again = f", restart {self.restarts}" if self.restarts else ""
+        job = f"; job {self.job}" if self.job else ""
         return (
             f"{self.world_size} ranks by {self.launcher} on {self.nodes} node(s), "
-            f"{self.local_world_size} on the first; rendezvous at {self.address}:{self.port}{again}"
+            f"{self.local_world_size} on the first; rendezvous at {self.address}:{self.port}{job}{again}"
         )
 
 
@@ -144,6 +147,7 @@ def _from_torchrun(environment: Mapping[str, str]) -> Topology:
         nodes=_number(environment, "GROUP_WORLD_SIZE", 1),
         address=environment["MASTER_ADDR"],
         port=_number(environment, "MASTER_PORT"),
+        job=environment.get("TORCHELASTIC_RUN_ID"),
         restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0)
         + _number(environment, "SLURM_RESTART_COUNT", 0),
     )
@@ -165,6 +169,7 @@ def _from_srun(environment: Mapping[str, str]) -> Topology:
         nodes=nodes,
         address=environment.get("MASTER_ADDR") or first,
         port=_number(environment, "MASTER_PORT", 20000 + job % 20000),
+        job=f"slurm-{job}.{environment['SLURM_STEP_ID']}",
         restarts=_number(environment, "SLURM_RESTART_COUNT", 0),
     )
 
@@ -223,7 +228,6 @@ def _from_mpi(environment: Mapping[str, str]) -> Topology:
         nodes=len(nodes),
         address=address,
         port=port,
-        restarts=_number(environment, "SLURM_RESTART_COUNT", 0),
     )
     local.Free()
     MPI.Finalize()

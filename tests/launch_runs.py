@@ -21,10 +21,21 @@ def torchrun(ranks: int, *command: str, timeout_s: float = 150.0, **env: str) ->
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **env}
+    return run_to_end(
+        [*launcher, "--standalone", *command], {**os.environ, **more}, timeout_s=timeout_s
+    )
+
+
+def run_to_end(command: list[str], environment: dict[str, str], *, timeout_s: float) -> str:
+    """Run a launcher in the checkout; returns stdout and stderr together.
+
+    Raises:
+        AssertionError: with the end of the output, if it fails or takes too long.
+    """
     with subprocess.Popen(
-        [*launcher, "--standalone", *command],
+        command,
         cwd=ROOT,
-        env={**os.environ, **more},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

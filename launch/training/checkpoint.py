@@ -30,6 +30,7 @@ from launch.training import trust
 
 _LATEST = "latest_checkpointed_iteration.txt"
 _MANIFEST = "manifest.json"
+_JOB = "job.txt"
 # Distributed-optimizer state by parameter, not by bucket: loads under another parallel layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 # What a checkpoint must have in common with the model that it is loaded into.
@@ -57,28 +58,53 @@ def folder_of(folder: str | os.PathLike[str], iteration: int) -> Path:
     return Path(folder) / f"iter_{iteration:07d}"
 
 
-def set_aside(folder: str | os.PathLike[str]) -> Path | None:
-    """Move an earlier run's checkpoints out of the way of a new run's; called by all ranks.
+def owned_by(folder: str | os.PathLike[str], job: str | None) -> bool:
+    """Whether a job of this name has claimed the folder before; called by all ranks."""
 
-    A job that starts again must find its own checkpoints only. None is deleted.
+    def compare() -> bool:
+        path = Path(folder) / _JOB
+        return job is not None and path.is_file() and path.read_text(errors="replace") == job
+
+    return _on_first_rank(compare)
+
+
+def claim(folder: str | os.PathLike[str], job: str | None, *, keep: bool) -> Path | None:
+    """Make a folder that of a new job; called by all ranks.
+
+    A job that is started again must find its own checkpoints only. None is deleted.
+
+    Args:
+        job: name of the job; None: one that is not started again.
+        keep: leave the checkpoints where they are, for a job that goes on from them.
 
     Returns:
-        The subfolder that has them now; None if there were none.
+        The subfolder into which the checkpoints of an earlier job were moved; None: there were
+        none.
     """
 
     def move() -> Path | None:
-        found = [*Path(folder).glob("iter_*"), *Path(folder).glob(_LATEST)]
-        if not found:
-            return None
-        number = 1
-        while (target := Path(folder) / f"earlier-{number}").exists():
-            number += 1
-        target.mkdir()
-        for path in sorted(found, reverse=True):  # the name of the latest first
-            path.rename(target / path.name)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        target = None if keep else _set_aside(Path(folder))
+        if job is not None:
+            _write(Path(folder) / _JOB, job)
+        else:
+            (Path(folder) / _JOB).unlink(missing_ok=True)
         return target
 
     return _on_first_rank(move)
+
+
+def _set_aside(folder: Path) -> Path | None:
+    found = [*folder.glob("iter_*"), *folder.glob(_LATEST)]
+    if not found:
+        return None
+    number = 1
+    while (target := folder / f"earlier-{number}").exists():
+        number += 1
+    target.mkdir()
+    for path in sorted(found, reverse=True):  # the name of the latest first
+        path.rename(target / path.name)
+    return target
 
 
 def save(

@@ -56,25 +56,22 @@ class Trainer:
 
     def _resume(self) -> tuple[int, int]:
         """(iteration, samples) of the checkpoint that was loaded, or zeros."""
-        own, given = self.loop.save, self.loop.load
-        restarted = own is not None and topology.resolve().restarts > 0
-        if restarted and own is not None:
-            # Only what this job has written: its first start has set the rest aside.
-            found = checkpoint.load(own, self.chunks, self.optimizer, self.schedule)
+        own, given, job = self.loop.save, self.loop.load, topology.resolve().job
+        mine = (self.chunks, self.optimizer, self.schedule)
+        if own is not None and checkpoint.owned_by(own, job):
+            found = checkpoint.load(own, *mine)
             if found[0]:
                 return found
         found = (0, 0)
         if given:
             found = checkpoint.load(
                 given,
-                self.chunks,
-                self.optimizer,
-                self.schedule,
+                *mine,
                 with_optimizer=not self.loop.no_load_optim,
                 with_generators=not self.loop.no_load_rng,
             )
-        if own is not None and not restarted and not (given and _same_folder(own, given)):
-            aside = checkpoint.set_aside(own)
+        if own is not None:
+            aside = checkpoint.claim(own, job, keep=bool(given) and _same_folder(own, str(given)))
             if aside is not None and self.rank == 0:
                 print(f"launch.pretrain: the checkpoints of an earlier run are in {aside} now")
         return found

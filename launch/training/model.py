@@ -64,7 +64,12 @@ def start_distributed(settings: Settings) -> torch.device:
             _reduce_one_by_one()
     timeout = timedelta(minutes=loop.distributed_timeout_minutes)
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun may keep its store over a restart, with the addresses of dead processes in it.
+        store = dist.PrefixStore(f"start-{place.restarts}", store)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=timeout
+        )
     _agree_on(settings, device)
     return device
 
