@@ -81,6 +81,27 @@ def _budget(workspace_bytes: int | None, logits: LocalLogits, vocab_size: int) -
 _NOTHING_TO_CHANGE = nullcontext()
 
 
+class _MemoryHint:
+    """Lets an error about memory say which option lowers it."""
+
+    def __init__(self, workspace_bytes: int | None) -> None:
+        self._workspace_bytes = workspace_bytes
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, torch.OutOfMemoryError):
+            return
+        given = self._workspace_bytes
+        now = "its default" if given is None else f"{given} bytes"
+        raise torch.OutOfMemoryError(
+            f"workspace_bytes: expected memory for the loss's workspace, got none at {now}; a lower "
+            "workspace_bytes (Megatron: --cce-workspace-mb, launch.pretrain: cce.workspace_mb) "
+            f"takes less, and longer; 16 MiB are enough. {error}"
+        ) from error
+
+
 def _execution_context(tensor: Tensor) -> AbstractContextManager[Any]:
     """Run on the tensor's device and without autocast, which would redo casts."""
     elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
@@ -109,7 +130,7 @@ def _loss(*arguments: Any) -> _LossOutputs:
     shard, agreed, numbers, workspace_bytes, impl = rest
     rows = StatRows(*flags)
     chosen = backend(impl)
-    with _execution_context(logits.input):
+    with _execution_context(logits.input), _MemoryHint(workspace_bytes):
         if group:
             offer = sharding.Agreement(
                 shard=tuple(shard),
@@ -174,7 +195,7 @@ def _gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     made = _empty_gradients(logits, dtypes)
     wants_input, wants_weight, wants_bias = (code != NOT_WANTED for code in dtypes)
     chosen = backend(impl)
-    with _execution_context(logits.input):
+    with _execution_context(logits.input), _MemoryHint(workspace_bytes):
         grad_bias = None
         if wants_bias:
             grad_bias = torch.zeros_like(made[2], dtype=statistics_dtype(logits.input.dtype))

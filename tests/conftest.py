@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,26 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "no_poison: fresh memory keeps its contents in this test")
     # Lanes that a kernel masks on storing may hold anything before: numpy warns of overflow.
     config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("cce_tp")
+    group.addoption("--hostile-cases", type=int, default=60, help="cases of tests/test_hostile.py")
+    group.addoption(
+        "--hostile-seed",
+        type=int,
+        default=int.from_bytes(os.urandom(4), "big"),
+        help="their seed (default: a new one in every run)",
+    )
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many hostile cases ran, and how to repeat them."""
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    for report in reports:
+        for name, value in report.user_properties:
+            if name == "hostile":
+                terminalreporter.write_line(f"hostile {value}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,6 +71,6 @@ def _one_thread_per_core() -> None:
 @pytest.fixture(scope="session")
 def pool() -> Iterator[ranks.RankPool]:
     """Worker processes for 1 to 4 ranks (up to 8 over NCCL), started when first used."""
-    pool = ranks.RankPool(device=ranks.default_device())
+    pool = ranks.shared_pool or ranks.RankPool(device=ranks.default_device())
     yield pool
     pool.close()

@@ -246,8 +246,10 @@ class Series:
         self.answers["after full disk"] = checkpoint.find(folder)
         self.answers["left by full disk"] = sorted(path.name for path in folder.iterdir())
         self.train("afresh")
-        self.train("afresh", "megatron.exit_interval=2")
         folder = self.folder / "afresh" / "checkpoints"
+        if self.rank == 0:
+            (folder / "job.txt").write_text("another job")
+        self.train("afresh", "megatron.exit_interval=2")
         self.answers["set aside"] = [checkpoint.find(f) for f in (folder, folder / "earlier-1")]
 
     def _nonfinite(self) -> None:

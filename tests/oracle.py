@@ -87,8 +87,12 @@ def loss_of_logits(x: Tensor, target: Tensor, options: Mapping[str, Any]) -> Ten
     lse = torch.logsumexp(x, dim=1)
     picked = x.gather(1, torch.where(known, target, 0)[:, None])[:, 0]
     smoothing = options.get("label_smoothing", 0.0)
-    loss = lse - (1 - smoothing) * picked - smoothing * x.mean(dim=1)
-    loss = loss + options.get("z_loss", 0.0) * lse**2
+    loss = lse - (1 - smoothing) * picked
+    # A term that is not asked for must not bring in 0 * infinity.
+    if smoothing:
+        loss = loss - smoothing * x.mean(dim=1)
+    if options.get("z_loss", 0.0):
+        loss = loss + options["z_loss"] * lse**2
     loss = torch.where(known, loss, torch.nan)
     return torch.where(ignored, 0.0, loss)
 

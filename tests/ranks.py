@@ -149,6 +149,10 @@ def _worker(worker: int, folder: str, pipe: Connection, device: str) -> None:
     os._exit(0)
 
 
+# Takes the place of the pool of the session, where another launcher has started the ranks.
+shared_pool: RankPool | None = None
+
+
 def _no_work(rank: Rank) -> None:
     dist.barrier(group=rank.group)
 

@@ -100,7 +100,7 @@ class Trainer:
                 ) from error
 
     def _run(self, report: Report, signals: Signals) -> dict[str, Any]:
-        begin, clock = time.perf_counter(), Clock()
+        begin, clock, stopping = time.perf_counter(), Clock(), False
         batches = self._batches(self.train_data, self.samples, self.loop.train_iters * self.batch)
         losses: list[Tensor] = []
         for iteration in range(self.start + 1, self.loop.train_iters + 1):
@@ -329,7 +329,10 @@ class _Synchronised:
 
 
 class Signals:
-    """Notes SIGTERM instead of ending the process, inside a `with`; a second one ends it.
+    """Notes SIGTERM instead of ending the process, inside a `with`.
+
+    Under a scheduler it comes twice: to every process, and again from torchrun. Who cannot wait
+    sends SIGKILL, as torchrun does after 30 seconds.
 
     Attributes:
         terminate: whether this process has got it.
@@ -351,7 +354,6 @@ class Signals:
     def _note(self, number: int, frame: Any) -> None:
         del number, frame
         self.terminate = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _of_a_collective(error: RuntimeError) -> bool:

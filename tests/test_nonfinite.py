@@ -1,0 +1,97 @@
+"""NaN and infinity come out wherever dense PyTorch lets them out, on every rank; and no memory.
+
+Nothing may hide them: no filter, no mask, no rank that does not hold the row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+import cce_tp
+from hostile import Hostile, check_hostile
+from oracle import Operands
+from problems import Problem, call, even_bounds, same_bits
+from ranks import RankPool
+from variants import DEVICE, IMPLS
+
+BAD = {"nan": float("nan"), "inf": float("inf"), "minus-inf": -float("inf")}
+FILTERS = {"exact": None, "paper": cce_tp.GradFilter.paper(2.0**-8)}
+
+
+def poisoned(problem: Problem, where: str, value: float) -> Hostile:
+    """One element of one tensor; the row of the weight is one of the last rank's."""
+    place = {"input": 3 * problem.hidden + 1, "weight": (problem.vocab - 5) * problem.hidden + 2}
+    return Hostile(problem, ((where, place.get(where, problem.vocab - 5), value),))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("chosen", FILTERS)
+@pytest.mark.parametrize("value", BAD)
+@pytest.mark.parametrize("where", ["input", "weight", "bias"])
+def test_it_reaches_loss_and_gradients_on_every_rank(
+    pool: RankPool, where: str, value: str, chosen: str, impl: str
+) -> None:
+    options: dict[str, Any] = {"reduction": "none"}
+    if FILTERS[chosen] is not None:
+        options["grad_filter"] = FILTERS[chosen]
+    problem = Problem(
+        impl=impl, bias=True, ignored=0.1, tokens=(37,), zero_upstream=False, options=options
+    )
+    outcomes = check_hostile(pool, poisoned(problem, where, BAD[value]), even_bounds(problem.vocab, 3))
+    assert all(same_bits(outcome.loss, outcomes[0].loss) for outcome in outcomes)
+    if value == "nan":
+        for outcome in outcomes:
+            assert not bool(torch.isfinite(outcome.loss).all())
+            for name in ("grad_input", "grad_weight", "grad_bias"):
+                assert not bool(torch.isfinite(getattr(outcome, name)).all()), name
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_mean_over_one_bad_token_is_bad(impl: str) -> None:
+    problem = Problem(impl=impl)
+    operands = problem.build(DEVICE)
+    operands.input[5, 0] = float("nan")
+    operands = replace(operands, target=torch.where(operands.target < 0, 1, operands.target))
+    outcome = call(operands, {"impl": impl})
+    assert bool(outcome.loss.isnan())
+    assert outcome.grad_weight is not None and bool(outcome.grad_weight.isnan().any())
+
+
+def test_no_memory_for_the_workspace_names_the_option() -> None:
+    def exhausted(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB.")
+
+    problem = Problem(impl="torch")
+    operands: Operands = problem.build(DEVICE)
+    for place in ("cce_tp.ops.gradients", "cce_tp.ops._with_all_tokens"):
+        for budget, said in ((None, "its default"), (1 << 22, "4194304 bytes")):
+            with (
+                mock.patch(place, exhausted),
+                pytest.raises(torch.OutOfMemoryError, match="workspace_bytes: .*cce-workspace-mb") as e,
+            ):
+                call(operands, {"impl": "torch", "workspace_bytes": budget})
+            assert said in str(e.value) and "Tried to allocate 3.00 GiB" in str(e.value)
+
+
+@pytest.mark.gpu
+def test_no_memory_on_the_device_names_the_option() -> None:
+    weight = torch.randn(65536, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    input = torch.randn(16384, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    target = torch.randint(0, 65536, (16384,), device="cuda")
+    loss = cce_tp.linear_cross_entropy(input, weight, target, workspace_bytes=1 << 30)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    held = torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction((held + (96 << 20)) / total)
+    try:
+        with pytest.raises(torch.OutOfMemoryError, match="workspace_bytes: .*cce-workspace-mb"):
+            loss.backward()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert free > 0
