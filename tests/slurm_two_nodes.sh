@@ -35,7 +35,7 @@ down() {
         kill "$pid" 2>/dev/null || true
         wait "$pid" 2>/dev/null || true
     done
-    rm -rf "$work"
+    [[ -n ${KEEP:-} ]] || rm -rf "$work"
 }
 trap down EXIT
 

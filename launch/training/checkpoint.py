@@ -26,7 +26,7 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint import CheckpointException
 
-from launch.training import trust
+from launch.training import orphans, trust
 
 _LATEST = "latest_checkpointed_iteration.txt"
 _MANIFEST = "manifest.json"
@@ -117,6 +117,7 @@ def save(
     """
     target = folder_of(folder, iteration)
     partial_ = target.with_name(f"{target.name}.partial")
+    orphans.keep_results_queue()
     try:
         _on_first_rank(lambda: _make_empty(partial_))
         state = _state(chunks, optimizer, schedule, is_loading=False)
