@@ -163,9 +163,10 @@ class Series:
         import torch.distributed as dist
 
         from launch.pretrain import prepare
-        from launch.training import model
 
         prepare()
+        from launch.training import model  # imports megatron.core, which `prepare` precedes
+
         model.start_distributed(self.settings("start"))
         self.train("whole")
         self._damaged_checkpoints()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import signal
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -210,11 +211,18 @@ def batches(
         dataset,
         batch_sampler=_Batches(first, count, options.micro_batch_size, rank, replicas),
         num_workers=options.num_workers,
+        worker_init_fn=_outlive_sigterm,
         pin_memory=torch.cuda.is_available(),
         # A generator of its own: the loader draws a number, which must not come from training's.
         generator=torch.Generator(),
     )
     return iter(loader)
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A scheduler sends it to every process, and the rank still has to end its step."""
+    del worker
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
