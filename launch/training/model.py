@@ -65,8 +65,10 @@ def start_distributed(settings: Settings) -> torch.device:
     timeout = timedelta(minutes=loop.distributed_timeout_minutes)
     if not dist.is_initialized():
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        # torchrun may keep its store over a restart, with the addresses of dead processes in it.
-        store = dist.PrefixStore(f"start-{place.restarts}", store)
+        if place.nodes == 1:
+            # torchrun may keep its store over a restart, with the addresses of dead processes in
+            # it. (launch/torchrun.sh sees to that on many nodes, which count restarts differently.)
+            store = dist.PrefixStore(f"start-{place.restarts}", store)
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=size, timeout=timeout
         )
