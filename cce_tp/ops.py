@@ -96,9 +96,9 @@ class _MemoryHint:
         given = self._workspace_bytes
         now = "its default" if given is None else f"{given} bytes"
         raise torch.OutOfMemoryError(
-            f"workspace_bytes: expected memory for the loss's workspace, got none at {now}; a lower "
-            "workspace_bytes (Megatron: --cce-workspace-mb, launch.pretrain: cce.workspace_mb) "
-            f"takes less, and longer; 16 MiB are enough. {error}"
+            f"workspace_bytes: expected memory for the loss's workspace, got none at {now}; a "
+            "lower workspace_bytes (Megatron: --cce-workspace-mb; launch.pretrain: "
+            f"cce.workspace_mb) takes less, and longer; 16 MiB are enough. {error}"
         ) from error
 
 

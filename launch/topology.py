@@ -31,7 +31,7 @@ class Topology:
         local_rank, local_world_size: among those of this node.
         node, nodes: number of this node, and how many there are.
         address, port: where rank 0 listens for the rendezvous of torch.distributed.
-        job: name under which the launcher starts this job again after a failure; None: it does not.
+        job: name under which the launcher starts this job again after a failure; None: none.
         restarts: how often it has done so, as far as this node knows.
     """
 
@@ -74,10 +74,10 @@ class Topology:
 
     def __str__(self) -> str:
         again = f", restart {self.restarts}" if self.restarts else ""
-        job = f"; job {self.job}" if self.job else ""
+        job = f"; job {self.job}{again}" if self.job else ""
         return (
             f"{self.world_size} ranks by {self.launcher} on {self.nodes} node(s), "
-            f"{self.local_world_size} on the first; rendezvous at {self.address}:{self.port}{job}{again}"
+            f"{self.local_world_size} on the first; rendezvous at {self.address}:{self.port}{job}"
         )
 
 
@@ -202,10 +202,10 @@ def _from_mpi(environment: Mapping[str, str]) -> Topology:
     It is finalised here: left up, a rank that fails would wait at its exit for the others, which
     wait for it.
     """
-    import mpi4py
+    import mpi4py  # type: ignore[import-not-found]
 
     mpi4py.rc.finalize = False
-    from mpi4py import MPI
+    from mpi4py import MPI  # type: ignore[import-not-found]
 
     world = MPI.COMM_WORLD
     local = world.Split_type(MPI.COMM_TYPE_SHARED, key=world.rank)

@@ -49,7 +49,7 @@ def losses(run_dir: str | os.PathLike[str]) -> list[tuple[int, Any]]:
 
 @contextmanager
 def at(iteration: int, rank: int, act: Callable[[Any], Any]) -> Any:
-    """Call `act(output)` on one rank after the forward pass of an iteration's second micro batch."""
+    """Call `act(output)` on one rank after the forward pass of the second micro batch of a step."""
     import torch.distributed as dist
 
     from launch.training.loop import Trainer

@@ -1,10 +1,10 @@
 """Problems with values that break arithmetic, and what the library must make of them.
 
-An output element must be finite where dense PyTorch's is in fp64 and in the dtype of the inputs, and
-must not be where neither is. Where the two disagree (a product that overflows in one of them), or
-where a filter may leave a tile out, anything goes. Tokens that do not count are left out of the
-dense sums: 0 * NaN is NaN there, and may be 0 here. What a token without a finite loss adds to the
-gradients may be all NaN, where dense PyTorch has it in some columns only.
+An output element must be finite where dense PyTorch's is, in fp64 and in the dtype of the
+inputs, and must not be where neither is. Where the two disagree (a product that overflows in one of
+them), or where a filter may leave a tile out, anything goes. Tokens that do not count are left out
+of the dense sums: 0 * NaN is NaN there, and may be 0 here. What a token without a finite loss adds
+to the gradients may be all NaN, where dense PyTorch has it in some columns only.
 
 Legend: N tokens, V global vocabulary, D hidden size.
 """
@@ -163,9 +163,14 @@ def check_outcome(hostile: Hostile, operands: Operands, outcome: Outcome) -> Non
         wrong = broken & got.isfinite()
         assert not bool(wrong.any()), f"{name}: {int(wrong.sum())} elements hide NaN or infinity"
         if tame and exact:
-            error = torch.where(finite & ~broken, got.double() - value, 0.0).abs().max().item() \
-                if got.numel() else 0.0
-            size = torch.where(value.isfinite(), value, 0.0).abs().max().item() if got.numel() else 0
+            error = (
+                torch.where(finite & ~broken, got.double() - value, 0.0).abs().max().item()
+                if got.numel()
+                else 0.0
+            )
+            size = (
+                torch.where(value.isfinite(), value, 0.0).abs().max().item() if got.numel() else 0
+            )
             scale = _scale(operands)
             assert error <= _RTOL * (size + scale), f"{name}: error {error:.2e} of {size:.2e}"
 

@@ -1,4 +1,8 @@
-"""NVIDIA's memory checker over every kernel: no access outside of what was allocated."""
+"""NVIDIA's checkers over every kernel and every option: no stray access, no race.
+
+compute-sanitizer's memcheck finds accesses outside of what was allocated, racecheck two threads of
+a block that use the same shared memory without a barrier between them.
+"""
 
 from __future__ import annotations
 
@@ -12,42 +16,61 @@ import pytest
 
 SANITIZER = shutil.which("compute-sanitizer")
 
-# Ragged in every dimension; descriptors (40 and 136 columns) and pointers (37); every option.
+# Ragged in every dimension; descriptors (40 and 136 columns) and pointers (37). Every option alone
+# and all of them together, both gradients, a gradient that is added to a given buffer.
 PROGRAM = """
-import itertools, torch
+import itertools, sys, torch
 from cce_tp import GradFilter, linear_cross_entropy
+alone = [dict(), dict(label_smoothing=0.1), dict(z_loss=1e-3), dict(logit_scale=0.5),
+         dict(logit_softcap=20.0), dict(return_stats=True), dict(return_stats="entropy"),
+         dict(grad_filter=GradFilter.paper(2.0**-8)), dict(reduction="mean"), dict(reduction="sum"),
+         dict(into=True)]
 everything = dict(label_smoothing=0.1, z_loss=1e-3, logit_scale=0.5, logit_softcap=20.0,
                   return_stats="entropy", grad_filter=GradFilter.paper(2.0**-8))
 dtypes = (torch.bfloat16, torch.float16, torch.float32)
-for dtype, hidden, options in itertools.product(dtypes, (37, 136), ({}, everything)):
+cases = [(dtype, hidden, options)
+         for dtype, hidden in itertools.product(dtypes, (37, 136)) for options in ({}, everything)]
+cases += [(torch.bfloat16, 40, options) for options in alone]
+for dtype, hidden, options in cases:
+    options = dict(options)
+    into = options.pop("into", False)
     input = torch.randn(151, hidden, device="cuda", dtype=dtype, requires_grad=True)
     weight = torch.randn(601, hidden, device="cuda", dtype=dtype, requires_grad=True)
     bias = torch.randn(601, device="cuda", dtype=dtype, requires_grad=True) if options else None
     target = torch.randint(0, 601, (151,), device="cuda")
     target[:4] = torch.tensor([-100, -5, 601, 2**40])
-    loss = linear_cross_entropy(input, weight, target, linear_bias=bias, impl="triton",
-                                reduction="none", workspace_bytes=1 << 20, **options)
-    (loss[0] if options else loss)[4:].sum().backward()
+    if into:
+        options["grad_weight_out"] = torch.zeros(601, hidden, device="cuda")
+    options.setdefault("reduction", "none")
+    answer = linear_cross_entropy(input, weight, target, linear_bias=bias, impl="triton",
+                                  workspace_bytes=1 << 20, **options)
+    loss = answer[0] if isinstance(answer, tuple) else answer
+    (loss[4:] if loss.dim() else loss).sum().backward()
 torch.cuda.synchronize()
-print("all kernels ran")
+print(f"all kernels ran: {len(cases)} cases")
 """
 
 
 @pytest.mark.gpu
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(580)
 @pytest.mark.skipif(SANITIZER is None, reason="compute-sanitizer is not installed")
-def test_memory_checker_is_clean() -> None:
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+def test_checker_is_clean(tool: str) -> None:
     """Each tensor has an allocation of its own, so that a neighbour cannot hide a stray access."""
     assert SANITIZER is not None
     root = str(Path(__file__).parent.parent)
     path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path}
     done = subprocess.run(
-        [SANITIZER, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", PROGRAM],
+        [SANITIZER, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", PROGRAM],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=270,
+        timeout=570,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    assert "all kernels ran" in done.stdout and "ERROR SUMMARY: 0 errors" in done.stdout
+    clean = {
+        "memcheck": "ERROR SUMMARY: 0 errors",
+        "racecheck": "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)",
+    }
+    assert "all kernels ran" in done.stdout and clean[tool] in done.stdout, done.stdout[-4000:]

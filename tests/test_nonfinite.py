@@ -42,7 +42,9 @@ def test_it_reaches_loss_and_gradients_on_every_rank(
     problem = Problem(
         impl=impl, bias=True, ignored=0.1, tokens=(37,), zero_upstream=False, options=options
     )
-    outcomes = check_hostile(pool, poisoned(problem, where, BAD[value]), even_bounds(problem.vocab, 3))
+    outcomes = check_hostile(
+        pool, poisoned(problem, where, BAD[value]), even_bounds(problem.vocab, 3)
+    )
     assert all(same_bits(outcome.loss, outcomes[0].loss) for outcome in outcomes)
     if value == "nan":
         for outcome in outcomes:
@@ -72,7 +74,9 @@ def test_no_memory_for_the_workspace_names_the_option() -> None:
         for budget, said in ((None, "its default"), (1 << 22, "4194304 bytes")):
             with (
                 mock.patch(place, exhausted),
-                pytest.raises(torch.OutOfMemoryError, match="workspace_bytes: .*cce-workspace-mb") as e,
+                pytest.raises(
+                    torch.OutOfMemoryError, match=r"workspace_bytes: .*cce-workspace-mb"
+                ) as e,
             ):
                 call(operands, {"impl": "torch", "workspace_bytes": budget})
             assert said in str(e.value) and "Tried to allocate 3.00 GiB" in str(e.value)
@@ -90,7 +94,7 @@ def test_no_memory_on_the_device_names_the_option() -> None:
     held = torch.cuda.memory_reserved()
     torch.cuda.set_per_process_memory_fraction((held + (96 << 20)) / total)
     try:
-        with pytest.raises(torch.OutOfMemoryError, match="workspace_bytes: .*cce-workspace-mb"):
+        with pytest.raises(torch.OutOfMemoryError, match=r"workspace_bytes: .*cce-workspace-mb"):
             loss.backward()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

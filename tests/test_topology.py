@@ -74,7 +74,13 @@ def test_variables_of_torch_distributed_are_set() -> None:
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("n1", "n1"), ("n[1-4]", "n1"), ("gpu[007,9]-ib", "gpu007-ib"), ("a,b", "a"), ("c3,d[1]", "c3")],
+    [
+        ("n1", "n1"),
+        ("n[1-4]", "n1"),
+        ("gpu[007,9]-ib", "gpu007-ib"),
+        ("a,b", "a"),
+        ("c3,d[1]", "c3"),
+    ],
 )
 def test_first_host(nodes: str, first: str) -> None:
     assert topology.first_host(nodes) == first
@@ -253,7 +259,7 @@ def test_mpirun_trains(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_sharded_loss_under_mpirun() -> None:
-    """A part of the suite; all of it: mpirun -n 4 python tests/mpi_suite.py tests/test_sharded.py."""
+    """A part of the suite; for all of it: mpirun -n 4 python tests/mpi_suite.py FILES."""
     output = mpi(
         *(str(MPIRUN), "-n", "4", "--oversubscribe", "--bind-to", "none", sys.executable),
         *(str(ROOT / "tests" / "mpi_suite.py"), "-q", str(ROOT / "tests" / "test_sharded.py")),

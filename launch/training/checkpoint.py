@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from launch.training import orphans, trust
 
@@ -231,7 +231,9 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
     """
     try:
         found = json.loads((folder / _MANIFEST).read_bytes())
-        files = {str(name): (each["bytes"], each["sha256"]) for name, each in found["files"].items()}
+        files = {
+            str(name): (each["bytes"], each["sha256"]) for name, each in found["files"].items()
+        }
         return {"files": files, "model": dict(found["model"])}
     except FileNotFoundError:
         return None
@@ -240,7 +242,7 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def _problem(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None; the same answer on all ranks, who share the work."""
+    """What is wrong with a checkpoint, or None; the same on all ranks, who share the work."""
     problem = None
     try:
         if not folder.is_dir():

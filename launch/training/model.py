@@ -30,6 +30,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from launch import topology
 from launch.training.attention import use_fused_attention
@@ -64,14 +66,12 @@ def start_distributed(settings: Settings) -> torch.device:
             _reduce_one_by_one()
     timeout = timedelta(minutes=loop.distributed_timeout_minutes)
     if not dist.is_initialized():
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
         if place.nodes == 1:
             # torchrun may keep its store over a restart, with the addresses of dead processes in
             # it. (launch/torchrun.sh sees to that on many nodes, which count restarts differently.)
-            store = dist.PrefixStore(f"start-{place.restarts}", store)
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=size, timeout=timeout
-        )
+            store = PrefixStore(f"start-{place.restarts}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     _agree_on(settings, device)
     return device
 
@@ -108,8 +108,9 @@ def placement() -> str:
     names: list[Any] = [None] * dist.get_world_size()
     place = topology.resolve()
     dist.all_gather_object(names, (place.node, socket.gethostname()))
-    group = dist.get_process_group_ranks(parallel_state.get_tensor_model_parallel_group())
-    spans = torch.tensor([len({names[rank][0] for rank in group}) > 1], dtype=torch.int32)
+    group: Any = parallel_state.get_tensor_model_parallel_group()
+    nodes = {names[rank][0] for rank in dist.get_process_group_ranks(group)}
+    spans = torch.tensor([len(nodes) > 1], dtype=torch.int32)
     spans = spans.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
     dist.all_reduce(spans, dist.ReduceOp.MAX)
     sizes = {

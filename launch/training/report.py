@@ -122,7 +122,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         # A run that was killed may have left half a line.
         with contextlib.suppress(ValueError, TypeError, KeyError):
             record = json.loads(line)
-            record["iteration"] + 0
+            record["iteration"] = int(record["iteration"])
             found.append(record)
     return found
 

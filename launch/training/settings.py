@@ -16,6 +16,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from launch.training.options import LOSSES, POSITIVE, RESERVED, LoopOptions, LossOptions
 
@@ -69,9 +70,10 @@ def read(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> dict[st
         base = OmegaConf.create({"run_dir": f"runs/{file.stem}", "env": {}, "megatron": {}})
         merged = OmegaConf.merge(base, OmegaConf.load(file), OmegaConf.from_dotlist([*overrides]))
         found: Any = OmegaConf.to_container(merged, resolve=True)
-    except (OmegaConfBaseException, OSError, ValueError) as error:
+    except (OmegaConfBaseException, YAMLError, OSError, ValueError, TypeError) as error:
         raise ValueError(f"--config: cannot read {file} with these overrides: {error}") from error
-    assert isinstance(found, dict)
+    if not isinstance(found, dict):
+        raise ValueError(f"--config: expected sections in {file}, got {type(found).__name__}")
     _refuse_unknown(found, _SECTIONS, "")
     for section in _SECTIONS[1:]:
         found[section] = found.get(section) or {}

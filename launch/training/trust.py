@@ -1,9 +1,9 @@
 """Refuses checkpoints whose pickled parts name anything but plain data.
 
 A pickle can name any function of any installed package, and loading it calls that function.
-PyTorch's reader of distributed checkpoints unpickles `.metadata`, and objects inside the data files,
-without a limit. So each of them is first read here by an unpickler that knows only what such files
-need; a checkpoint with anything else is refused before anyone loads it.
+PyTorch's reader of distributed checkpoints unpickles `.metadata`, and objects inside the data
+files, without a limit. So each of them is first read here by an unpickler that knows only what such
+files need; a checkpoint with anything else is refused before anyone loads it.
 """
 
 from __future__ import annotations
