@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launch import topology
 from megatron_integration import (
     CceConfig,
     add_cce_arguments,
@@ -52,6 +53,7 @@ def main() -> None:
         parse_and_validate_args,
     )
 
+    topology.resolve()
     skip_building_helpers()
     fused = _resolve_alias(sys.argv)
     # Megatron divides by the interval even where no evaluation is asked for.
@@ -59,8 +61,9 @@ def main() -> None:
     model_config = gpt_config_from_args(args)
     models: list[Any] = []
     _refuse_packed_sequences(args)
-    if fused or cce_requested(args):
-        config = CceConfig.from_args(take_alias(args))
+    config = CceConfig.from_args(take_alias(args)) if fused or cce_requested(args) else None
+    model_config.pre_wrap_hooks.append(partial(_agree_on_loss, config))
+    if config is not None:
         model_config.pre_wrap_hooks.append(pre_wrap_hook(config))
     model_config.pre_wrap_hooks.append(lambda chunks: (models.extend(chunks), chunks)[1])
     _datasets.is_distributed = True  # type: ignore[attr-defined]  # every rank reads its own
@@ -87,6 +90,23 @@ def _resolve_alias(argv: list[str]) -> bool:
             argv[i : i + 2] = ["--cce"]
             return True
     return False
+
+
+def _agree_on_loss(config: CceConfig | None, chunks: Any) -> Any:
+    """Megatron's hook; raises the same ValueError on all ranks unless they have one loss in common.
+
+    Otherwise some ranks would enter the stock loss's collectives and some those of the fused one.
+    """
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    mine = "no --cce" if config is None else str(config)
+    torch.distributed.all_gather_object(everyone, mine)
+    for rank, theirs in enumerate(everyone):
+        if theirs != everyone[0]:
+            raise ValueError(
+                f"--cce: expected the same on every rank, got {everyone[0]} on rank 0 and {theirs} "
+                f"on rank {rank}"
+            )
+    return chunks
 
 
 def _refuse_packed_sequences(args: Any) -> None:

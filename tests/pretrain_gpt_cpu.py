@@ -60,6 +60,8 @@ def allow_context_parallel() -> None:
 
 
 if __name__ == "__main__":
+    if os.environ.get("RANK_WITHOUT_CCE") == os.environ["RANK"]:
+        sys.argv.remove("--cce")
     pretend_cuda()
     if "--context-parallel-size" in sys.argv:
         allow_context_parallel()

@@ -135,3 +135,14 @@ def test_compiled_helpers_are_not_built_again() -> None:
         "from megatron.core.datasets import helpers_cpp\n"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+@needs_training
+@pytest.mark.timeout(300)
+def test_one_rank_without_cce_is_an_error_on_every_rank() -> None:
+    options = {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "RANK_WITHOUT_CCE": "1"}
+    with pytest.raises(AssertionError) as failure:  # torchrun fails, and nothing hangs
+        torchrun(2, SCRIPT, *ARGUMENTS, "--cce", timeout_s=120, **options)
+    text = str(failure.value)
+    assert "ValueError: --cce: expected the same on every rank" in text, text
+    assert "got no --cce" not in text and "no --cce on rank 1" in text
