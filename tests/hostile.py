@@ -60,7 +60,9 @@ class Hostile:
             tensor = getattr(operands, name)
             if tensor is not None and tensor.numel():
                 flat = tensor.view(-1)
-                flat[slice(None) if index < 0 else index % tensor.numel()] = value
+                # Through a tensor: 1e30 in fp16 is infinity then, not an error.
+                number = torch.tensor(value, dtype=torch.float64).to(tensor.dtype)
+                flat[slice(None) if index < 0 else index % tensor.numel()] = number
         if self.same_target and operands.target.numel():
             operands.target.fill_(operands.target.flatten()[0])
         moved = {n: getattr(operands, n) for n in (*NAMES, "target", "upstream")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -20,15 +21,21 @@ pytestmark = pytest.mark.no_poison
 KILL_AT = 5
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("faults")
+@pytest.fixture(scope="session")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the series of runs in tests/fault_runs.py came to, on each of two ranks.
 
-
-@pytest.fixture(scope="module")
-def answers(folder: Path) -> list[dict[str, Any]]:
-    """What the series of runs in tests/fault_runs.py came to, on each of two ranks."""
-    torchrun(2, fault_runs.__file__, str(folder), timeout_s=500)
+    Run once, whichever of pytest's processes comes first.
+    """
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+    folder = root / "faults"
+    folder.mkdir(exist_ok=True)
+    with open(root / "faults.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "answers.json").exists():
+            torchrun(2, fault_runs.__file__, str(folder), timeout_s=300)
     return json.loads((folder / "answers.json").read_text())
 
 
@@ -46,9 +53,9 @@ def whole(answers: list[dict[str, Any]]) -> list[Any]:
 
 
 @pytest.mark.timeout(600)
-def test_a_rank_killed_in_mid_step(folder: Path, answers: list[dict[str, Any]]) -> None:
+def test_a_rank_killed_in_mid_step(tmp_path: Path, answers: list[dict[str, Any]]) -> None:
     """The others stop, torchrun starts all again, and the losses are those of a whole run."""
-    run_dir = folder / "killed"
+    run_dir = tmp_path / "killed"
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
@@ -64,7 +71,7 @@ def test_a_rank_killed_in_mid_step(folder: Path, answers: list[dict[str, Any]]) 
     output = run_to_end(
         [
             *("bash", str(ROOT / "launch" / "torchrun.sh"), "--config", str(fault_runs.TINY)),
-            *(*SMALL, f"run_dir={run_dir}", f"megatron.data_cache_path={folder / 'cache'}"),
+            *(*SMALL, f"run_dir={run_dir}", f"megatron.data_cache_path={tmp_path / 'cache'}"),
         ],
         environment,
         timeout_s=120,
