@@ -269,6 +269,9 @@ def _token_walk(
     if weight and chunk == sizes.tokens and sizes.loan_columns >= 16 and loan_room >= 16 * row:
         strip = _fit(loan_room, row, sizes.vocab, _STRIP_STEP)
         strip = min(strip, sizes.loan_columns - sizes.loan_columns % 16)
+        # Equal strips: a short last one would be as slow as a long one.
+        count = -(-sizes.vocab // strip)
+        strip = min(strip, -(-sizes.vocab // (_STRIP_STEP * count)) * _STRIP_STEP)
         walk = TokenWalk(chunk=chunk, strip=strip, weight=True, loan=True, borrow=borrow)
         found.append((_price(sizes, walk), (walk,)))
     if room < min(16, sizes.vocab) * per_column:
