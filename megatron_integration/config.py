@@ -17,7 +17,7 @@ class CceConfig:
     """How the output layer's loss is computed once `install` has put it in place.
 
     Attributes:
-        grad_filter: GradFilter.exact() (default) or GradFilter.paper().
+        grad_filter: GradFilter.exact() (default), .paper() or .far_field().
         workspace_bytes: cap on temporaries of one head, in bytes, at least 1 MiB; None: 5% of
             the global logits in bf16, or if more, half of the hidden states in bf16 within 16 to
             64 MiB.
@@ -29,7 +29,7 @@ class CceConfig:
             for each output layer (micro batches and heads of multi-token prediction each count).
 
     Raises:
-        ValueError: a value outside its range, or a filter that does not exist yet.
+        ValueError: a value outside its range.
     """
 
     grad_filter: GradFilter = GradFilter.exact()  # noqa: RUF009 (frozen)
@@ -41,11 +41,6 @@ class CceConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.grad_filter, GradFilter):
             raise ValueError(f"grad_filter: expected a GradFilter, got {self.grad_filter!r}")
-        if self.grad_filter.kind == "far-field":
-            raise ValueError(
-                "--cce-grad-filter (grad_filter): expected exact or paper, got far-field, which "
-                "is not available in this version"
-            )
         size = self.workspace_bytes
         if size is not None and (isinstance(size, bool) or not isinstance(size, int)):
             raise ValueError(f"workspace_bytes: expected an int or None, got {size!r}")
@@ -71,13 +66,16 @@ class CceConfig:
         """Read the flags of `add_cce_arguments` from a parsed namespace.
 
         Raises:
-            ValueError: flags that exclude each other, naming both.
+            ValueError: flags that exclude each other, naming both, or a value outside its range.
         """
         if cce_requested(args):
             _refuse_conflicts(args)
         megabytes = getattr(args, "cce_workspace_mb", None)
         return cls(
-            grad_filter=_filter_by_name(getattr(args, "cce_grad_filter", "exact")),
+            grad_filter=_filter_by_name(
+                getattr(args, "cce_grad_filter", "exact"),
+                getattr(args, "cce_far_field_budget", None),
+            ),
             workspace_bytes=None if megabytes is None else int(megabytes * _MIB),
             strict=getattr(args, "cce_strict", False),
             capture_dir=getattr(args, "cce_capture", None),
@@ -85,14 +83,23 @@ class CceConfig:
         )
 
 
-def _filter_by_name(name: str) -> GradFilter:
-    if name == "paper":
-        return GradFilter.paper()
-    if name == "far-field":
-        return GradFilter.far_field()
-    if name != "exact":
+def _filter_by_name(name: str, far_field_budget: float | None) -> GradFilter:
+    if name not in _FILTERS:
         raise ValueError(f"--cce-grad-filter: expected one of {', '.join(_FILTERS)}, got {name!r}")
-    return GradFilter.exact()
+    if name == "far-field":
+        if far_field_budget is None:
+            return GradFilter.far_field()
+        try:
+            return GradFilter.far_field(far_field_budget)
+        except ValueError as error:
+            # The filter's own message begins with "budget: ".
+            raise ValueError(f"--cce-far-field-{error}") from error
+    if far_field_budget is not None:
+        raise ValueError(
+            "--cce-far-field-budget: expected only with --cce-grad-filter far-field, got "
+            f"{far_field_budget!r} with {name}"
+        )
+    return GradFilter.paper() if name == "paper" else GradFilter.exact()
 
 
 def _refuse_conflicts(args: Any) -> None:
@@ -133,6 +140,14 @@ def add_cce_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         choices=_FILTERS,
         default="exact",
         help="what the backward pass may leave out (default: exact)",
+    )
+    group.add_argument(
+        "--cce-far-field-budget",
+        type=float,
+        default=None,
+        metavar="X",
+        help="with far-field: how much of a token's probability may be approximated, on average "
+        f"over the tokens, in [0, 1) (default: {GradFilter.far_field().budget})",
     )
     group.add_argument(
         "--cce-workspace-mb",

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from cce_tp import GradFilter
 from launch import pretrain as entry
 from launch.training import checkpoint, settings, text
 from launch.training.report import draw
@@ -60,6 +61,9 @@ def test_flag_beats_file() -> None:
         ("megatron.overlap_grad_reducce=true", r"overlap_grad_reduce\?"),
         ("cce.filter=exact", r"cce\.filter: unknown key.*cce\.grad_filter\?"),
         ("model.lr=1", r"model: unknown key; did you mean"),
+        ("cce.grad_filter=near", r"^cce\.grad_filter: expected one of exact, .*got 'near'"),
+        ("cce.far_field_budget=0.1", r"cce\.far_field_budget: expected only with cce\.grad_filter"),
+        ("cce.workspace_mb=0.5", r"cce\.workspace_mb .*: expected at least 1 MiB, got 0\.5 MiB"),
         ("cce.loss=fast", r"cce\.loss: expected one of stock.*got 'fast'"),
         ("megatron.train_iters=many", r"megatron\.train_iters"),
         ("megatron.context_parallel_size=3", r"seq_length: expected a multiple of .* 6, got 128"),
@@ -74,6 +78,13 @@ def test_flag_beats_file() -> None:
 def test_bad_setting_is_refused_by_name(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings.load(TINY, [override])
+
+
+def test_far_field_budget() -> None:
+    run = settings.load(TINY, ["cce.grad_filter=far-field", "cce.far_field_budget=0.02"])
+    assert settings.cce_config(run).grad_filter == GradFilter.far_field(0.02)
+    with pytest.raises(ValueError, match=r"^cce\.far_field_budget: expected a number in \[0, 1\)"):
+        settings.load(TINY, ["cce.grad_filter=far-field", "cce.far_field_budget=1"])
 
 
 def test_missing_file_is_refused() -> None:
@@ -190,6 +201,11 @@ def test_every_configuration_trains_at_reduced_size(folder: Path) -> None:
     assert len(whole) == 4
     assert first == whole[:2]
     assert resumed == whole
+    lines = (out / "far field" / "metrics.jsonl").read_text().splitlines()
+    for record in map(json.loads, lines):
+        if "loss" in record:
+            assert 0 < record["far-field/tiles_kept"] <= 1
+            assert 0 <= record["far-field/mass"] < 0.5
     for name, losses in answers.items():
         assert len(losses) == 2, name
         assert all(math.isfinite(loss) and 5 < loss < 8 for loss in losses), name

@@ -112,9 +112,9 @@ def test_config_refuses(options: dict[str, Any], message: str) -> None:
 
 
 def test_option_of_the_loop() -> None:
-    from launch.training import model, settings
+    from launch.training import settings
 
     tiny = Path(__file__).parents[1] / "configs" / "tiny_cpu.yaml"
     run = settings.load(tiny, ["cce.capture=there", "cce.capture_after=3"])
-    config = model.cce_config(run)
+    config = settings.cce_config(run)
     assert (config.capture_dir, config.capture_after) == ("there", 3)

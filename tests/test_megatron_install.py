@@ -259,12 +259,32 @@ def test_arguments() -> None:
     assert CceConfig.from_args(parser.parse_args(["--cce"])) == CceConfig()
     with pytest.raises(SystemExit):
         parser.parse_args(["--cce-grad-filter", "none"])
-    with pytest.raises(ValueError, match=r"cce-grad-filter.*far-field"):
-        CceConfig.from_args(parser.parse_args(["--cce", "--cce-grad-filter", "far-field"]))
     for name in ("logits_save_dir", "logits_load_dir"):
         args = argparse.Namespace(cce=True, **{name: "somewhere"})
         with pytest.raises(ValueError, match=name.replace("_", "[-_]")):
             CceConfig.from_args(args)
+
+
+def test_far_field_arguments() -> None:
+    """The filter by name, its budget, and budgets that cannot be."""
+    from cce_tp import GradFilter
+    from megatron_integration import CceConfig, add_cce_arguments
+
+    parser = add_cce_arguments(_parser())
+
+    def config(*words: str) -> CceConfig:
+        return CceConfig.from_args(parser.parse_args(["--cce", *words]))
+
+    far = ("--cce-grad-filter", "far-field")
+    assert config(*far).grad_filter == GradFilter.far_field(0.005)
+    assert config(*far, "--cce-far-field-budget", "0").grad_filter == GradFilter.far_field(0.0)
+    assert config(*far, "--cce-far-field-budget", "2e-2").grad_filter == GradFilter.far_field(0.02)
+    for value in ("1", "-0.1", "nan"):
+        with pytest.raises(ValueError, match=r"^--cce-far-field-budget: expected a number in \[0"):
+            config(*far, f"--cce-far-field-budget={value}")
+    for name in ("exact", "paper"):
+        with pytest.raises(ValueError, match=r"^--cce-far-field-budget: .*field, got 0\.1 with"):
+            config("--cce-grad-filter", name, "--cce-far-field-budget", "0.1")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ import hashlib
 import json
 import random
 import socket
-from argparse import Namespace
 from datetime import timedelta
 from importlib.util import find_spec
 from typing import Any
@@ -35,8 +34,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from launch import topology
 from launch.training.attention import use_fused_attention
-from launch.training.settings import Settings
-from megatron_integration import CceConfig, install
+from launch.training.settings import Settings, cce_config
+from megatron_integration import install
 
 
 def start_distributed(settings: Settings) -> torch.device:
@@ -333,19 +332,6 @@ def build_model(settings: Settings, padded_vocab: int, device: torch.device) -> 
         DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
     ]
-
-
-def cce_config(settings: Settings) -> CceConfig:
-    """Section `cce` as the integration's own options."""
-    names = Namespace(
-        cce=True,
-        cce_grad_filter=settings.loss.grad_filter,
-        cce_workspace_mb=settings.loss.workspace_mb,
-        cce_strict=settings.loss.strict,
-        cce_capture=settings.loss.capture,
-        cce_capture_after=settings.loss.capture_after,
-    )
-    return CceConfig.from_args(names)
 
 
 def build_optimizer(settings: Settings, chunks: list[Any]) -> tuple[Any, Any]:

@@ -9,16 +9,21 @@ import copy
 import dataclasses
 import difflib
 import os
+import re
+from argparse import Namespace
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from launch.training.options import LOSSES, POSITIVE, RESERVED, LoopOptions, LossOptions
+
+if TYPE_CHECKING:
+    from megatron_integration import CceConfig
 
 _SECTIONS = ("run_dir", "env", "megatron", "cce")
 
@@ -114,12 +119,32 @@ def check(found: dict[str, Any]) -> Settings:
         name=found["name"],
     )
     _check_values(settings)
+    if settings.loss.loss == "cce":
+        cce_config(settings)
     return settings
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Settings:
     """`read` and `check` in one, without the section `env`."""
     return check(read(path, overrides))
+
+
+def cce_config(settings: Settings) -> CceConfig:
+    """Section `cce` as the integration's own options.
+
+    Raises:
+        ValueError: a value outside its range, or values that exclude each other, by their names in
+            the file.
+    """
+    from megatron_integration import CceConfig
+
+    options = {f"cce_{key}": value for key, value in dataclasses.asdict(settings.loss).items()}
+    try:
+        return CceConfig.from_args(Namespace(cce=True, **options))
+    except ValueError as error:
+        flags = re.compile(r"--cce-([a-z-]+)")
+        named = flags.sub(lambda flag: "cce." + flag[1].replace("-", "_"), str(error))
+        raise ValueError(named) from error
 
 
 def reduced(settings: Settings, world_size: int) -> Settings:
