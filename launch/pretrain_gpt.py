@@ -24,6 +24,7 @@ from megatron_integration import (
     CceConfig,
     add_cce_arguments,
     cce_requested,
+    far_field_metrics,
     fused_count,
     materialized_count,
     pre_wrap_hook,
@@ -189,16 +190,24 @@ def _forward_step(
         labels=batch["labels"],
         loss_mask=batch["loss_mask"],
     )
-    return loss, partial(_sum_loss, batch["loss_mask"])
+    return loss, partial(_sum_loss, batch["loss_mask"], model)
 
 
-def _sum_loss(loss_mask: Tensor, output: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Sum over the tokens that count, their number, and both for the log."""
+def _sum_loss(
+    loss_mask: Tensor, model: Any, output: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Sum over the tokens that count, their number, and both for the log.
+
+    Megatron logs each pair as the sum of the first over the sum of the second, of all micro
+    batches and replicas; so a metric that comes with 1 is averaged.
+    """
     mask = loss_mask.reshape(-1).float()
     total = (output.reshape(-1).float() * mask).sum()
     tokens = mask.sum().to(torch.int)
     report = torch.stack([total.detach(), tokens.to(torch.float32)])
-    return total, tokens, {"lm loss": report}
+    metrics = far_field_metrics(model) if model.training else {}
+    pairs = {key: torch.stack([value, torch.ones_like(value)]) for key, value in metrics.items()}
+    return total, tokens, {"lm loss": report, **pairs}
 
 
 if __name__ == "__main__":

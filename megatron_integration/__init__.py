@@ -7,6 +7,7 @@ install(model, CceConfig())
 from megatron_integration.config import CceConfig, add_cce_arguments, cce_requested, take_alias
 from megatron_integration.install import (
     cce_model_provider,
+    far_field_metrics,
     fused_count,
     install,
     materialized_count,
@@ -19,6 +20,7 @@ __all__ = [
     "add_cce_arguments",
     "cce_model_provider",
     "cce_requested",
+    "far_field_metrics",
     "fused_count",
     "install",
     "materialized_count",

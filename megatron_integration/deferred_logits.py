@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 from cce_tp import LossStats
 from megatron_integration.capture import Capture
 from megatron_integration.config import CceConfig
+from megatron_integration.far_field import FarFieldMeter
 from megatron_integration.fused_head import HeadCall, fused_loss
 
 _logger = logging.getLogger("megatron_integration")
@@ -31,11 +32,13 @@ class HeadState:
         config: options.
         fused, materialized: number of fused losses, and of logits made for somebody in training.
         capture: saves one micro batch, if the options ask for it.
+        far_field: statistics of the far field, if the options have one.
     """
 
     def __init__(self, config: CceConfig) -> None:
         self.config = config
         self.capture = Capture()
+        self.far_field = FarFieldMeter()
         self.fused = 0
         self.materialized = 0
         self.warned = False
@@ -127,13 +130,20 @@ class DeferredLogits:
 
     def loss(self, labels: Tensor) -> Tensor:
         """(b, s) int64 -> (b, s) fp32 loss per token, fused."""
-        self._state.capture(self._call, labels, self._state.config)
+        state, layer = self._state, self._call.layer
+        state.capture(self._call, labels, state.config)
         # Only multi-token prediction asks for the largest logit (its acceptance counts).
-        wants_argmax = bool(getattr(self._call.layer.config, "mtp_num_layers", None))
-        loss, self._stats = fused_loss(
-            self._call, labels, self._state.config, return_stats=wants_argmax
+        wants_argmax = bool(getattr(layer.config, "mtp_num_layers", None))
+        far_field = state.config.grad_filter.kind == "far-field"
+        trains = layer.training and torch.is_grad_enabled()
+        measures = far_field and trains and (state.far_field.due() or wants_argmax)
+        loss, stats = fused_loss(
+            self._call, labels, state.config, return_stats=wants_argmax or measures
         )
-        self._state.fused += 1
+        if measures and stats is not None:
+            state.far_field.add(stats)
+        self._stats = stats if wants_argmax else None
+        state.fused += 1
         return loss
 
     def max(self, *args: Any, **kwargs: Any) -> Any:

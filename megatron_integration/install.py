@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from megatron_integration.config import CceConfig
 from megatron_integration.deferred_logits import DeferredLogits, HeadState
+from megatron_integration.far_field import METRICS
 from megatron_integration.fused_head import HeadCall
 
 try:  # 0.19 and newer
@@ -85,6 +86,27 @@ def fused_count(model: Any) -> int:
 def materialized_count(model: Any) -> int:
     """Number of times logits were made in training since `install`: 0 is as it should be."""
     return sum(state.materialized for state in _states(model))
+
+
+def far_field_metrics(model: Any) -> dict[str, Tensor]:
+    """What GradFilter.far_field did in training, for the log; waits for nothing.
+
+    Every eighth loss of an output layer, from the first one on, and all of them with multi-token
+    prediction, take statistics (`megatron_integration.far_field` says why).
+
+    Returns:
+        "far-field/tiles_kept": () fp32 share of the vocabulary's tiles that were kept, and
+        "far-field/mass": () fp32 probability left to the far field per token that counts; both
+        over the global vocabulary, of this rank's tokens, on the device, averaged over what was
+        taken since the last call, or as that call returned them if there is nothing new. {} where
+        nothing was taken yet: another filter, or a pipeline stage without an output layer.
+    """
+    means = [
+        mean for mean in (state.far_field.read() for state in _states(model)) if mean is not None
+    ]
+    if not means:
+        return {}
+    return dict(zip(METRICS, torch.stack(means).mean(dim=0).unbind(), strict=True))
 
 
 def cce_model_provider(

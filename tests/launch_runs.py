@@ -105,6 +105,7 @@ def _runs(folder: Path) -> dict[str, Any]:
         "unfused attention": (vocab256k, "megatron.attention_backend=unfused"),
         "fused attention": (vocab256k, "megatron.attention_backend=auto"),
         "context parallel": (vocab256k, "megatron.context_parallel_size=2"),
+        "far field": (vocab256k, "cce.grad_filter=far-field", "cce.far_field_budget=0.5"),
         "nan": (vocab256k, "megatron.layernorm_epsilon=.nan"),
         "uninterrupted": (llama, tp2),
         "interrupted": (llama, tp2),

@@ -72,7 +72,8 @@ def test_printed_losses_are_the_same_with_and_without_cce(tmp_path: Path) -> Non
 @needs_training
 @pytest.mark.timeout(500)
 def test_context_parallel_and_schedule_plan(tmp_path: Path) -> None:
-    """Sequences cut over two ranks; then the experts' communication overlapped, too."""
+    """Sequences cut over two ranks; then the experts' communication overlapped, too, and the far
+    field's metrics in Megatron's log."""
     keep = ["--ckpt-format", "torch_dist", "--save", str(tmp_path), "--save-interval", "3"]
     _printed(*keep)
     # The same weights for both.
@@ -84,9 +85,12 @@ def test_context_parallel_and_schedule_plan(tmp_path: Path) -> None:
     for got, want in zip(map(_numbers, parts), map(_numbers, whole), strict=True):
         assert got == pytest.approx(want, rel=1e-5)
     assert "6 fused losses, logits materialised 0 times" in output
-    overlapped, output = _printed("--cce", "--cce-strict", *cut, *_EXPERTS.split())
+    far = ("--cce-grad-filter", "far-field", "--cce-far-field-budget", "0.1")
+    overlapped, output = _printed("--cce", "--cce-strict", *far, *cut, *_EXPERTS.split())
     assert len(overlapped) == 3
     assert all(6 < _numbers(line)[0] < 6.5 for line in overlapped)
+    # So small a vocabulary is two tiles, of which none is light enough to be left.
+    assert output.count("far-field/tiles_kept: 1.000000E+00 | far-field/mass: 0.000000E+00") == 3
     assert "6 fused losses, logits materialised 0 times" in output
 
 

@@ -22,7 +22,8 @@ from launch import topology
 from launch.training import checkpoint, data, model
 from launch.training.report import Clock, Report, peak_mib
 from launch.training.settings import Settings
-from megatron_integration import fused_count, materialized_count
+from megatron_integration import far_field_metrics, fused_count, materialized_count
+from megatron_integration.far_field import METRICS
 
 # So many steps in a row whose loss or gradient is not finite are no accident.
 _MOST_SKIPPED = 10
@@ -265,9 +266,23 @@ class Trainer:
             "grad_norm": math.nan if norm is None else float(norm),
             "tokens_per_s": tokens / clock.lap(),
             "peak_mib": round(peak_mib(), 1),
+            **self._far_field(),
         }
         losses.clear()
         report.train(iteration, values)
+
+    def _far_field(self) -> dict[str, float]:
+        """Mean of the far field's metrics over all ranks that have an output layer."""
+        if self.settings.loss.grad_filter != "far-field" or self.settings.loss.loss != "cce":
+            return {}
+        own = far_field_metrics(self.chunks)
+        # The ranks without an output layer do not know the names.
+        sums = torch.zeros(1 + len(METRICS), device=self.device)
+        if own:
+            sums = torch.stack([sums.new_ones(()), *(own[key] for key in METRICS)])
+        dist.all_reduce(sums)
+        count, *values = sums.tolist()
+        return {key: value / max(count, 1) for key, value in zip(METRICS, values, strict=True)}
 
     def _validate(self) -> float:
         """Mean over the same eval_iters batches of the validation data every time."""

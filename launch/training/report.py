@@ -56,9 +56,11 @@ class Report:
         if not self._active:
             return
         self._add(iteration, values)
-        self._bar.set_postfix(
-            loss=f"{values['loss']:.4f}", tok_s=f"{values['tokens_per_s']:,.0f}", refresh=False
-        )
+        shown = {"loss": f"{values['loss']:.4f}", "tok_s": f"{values['tokens_per_s']:,.0f}"}
+        if "far-field/tiles_kept" in values:
+            shown["kept"] = f"{values['far-field/tiles_kept']:.1%}"
+            shown["far"] = f"{values['far-field/mass']:.2%}"
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update(iteration - self._bar.n)
 
     def skipped(self, iteration: int, ranks: list[int]) -> None:
