@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 import cce_tp
 from cce_tp import options
 from cce_tp.backend import backend
-from cce_tp.far_field import TileMasses
+from cce_tp.far_field import KeptRows
 from cce_tp.kernels import far_field as far_kernels
 from cce_tp.kernels import tuning
 
@@ -137,11 +137,12 @@ def call(dtype: torch.dtype, hidden: int, features: str) -> None:
     (answer[0] if isinstance(answer, tuple) else answer).backward()
 
 
-def _first_tile_kept(*args: Any, **kwargs: Any) -> TileMasses:
+def _first_tile_kept(*args: Any) -> KeptRows:
     """Nothing is computed, so that the choice of tiles must be made up."""
-    masses = far_kernels.tile_masses(*args, **kwargs)
-    masses.kept.zero_()[0] = 1
-    return masses
+    made = far_kernels.kept_rows(*args)
+    made.rows.zero_()
+    made.flags.zero_()[0, 0] = 1
+    return made
 
 
 def main(capability: int) -> None:
@@ -164,7 +165,7 @@ def main(capability: int) -> None:
             mock.patch.object(tuning, "config_for", lambda *_, c=config: (c, 128)),
             mock.patch.object(tuning, "use_descriptors", lambda *_, d=descriptors: d),
         ):
-            backend("triton").tile_masses = _first_tile_kept
+            backend("triton").kept_rows = _first_tile_kept
             call(dtype, hidden, features)
 
 

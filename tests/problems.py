@@ -116,11 +116,12 @@ def call(
         grad_input=None if input is None else input.grad,
         grad_weight=None if weight is None else weight.grad,
         grad_bias=None if bias is None else bias.grad,
-        **({} if stats is None else _per_token(stats)),
+        **({} if stats is None else per_token(stats)),
     )
 
 
-def _per_token(stats: cce_tp.LossStats) -> dict[str, Any]:
+def per_token(stats: cce_tp.LossStats) -> dict[str, Any]:
+    """Those statistics that an Outcome has."""
     known = {field.name for field in fields(Outcome)}
     return {name: value for name, value in stats._asdict().items() if name in known}
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 
 import cce_tp
 from oracle import Outcome, dense
-from problems import Problem
+from problems import Problem, per_token
 from ranks import Rank, RankPool
 from sharding_cases import Answer, answer
 from tolerance import check_outcome
@@ -50,7 +50,7 @@ def distributed(rank: Rank, problem: Problem, placement: Placement, everything: 
         grad_input=grad_input,
         grad_weight=weight.grad.full_tensor(),
         grad_bias=bias.grad.full_tensor(),
-        **stats._asdict(),
+        **per_token(stats),
     )
 
 

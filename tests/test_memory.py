@@ -20,6 +20,9 @@ from ranks import Rank, RankPool
 from variants import IMPLS
 
 MIB = 1 << 20
+# The default workspace of cuBLAS, which a product may take from torch's allocator; it is not the
+# loss's to cap. Seen on an H100: two plans for 16 MiB came out 8.1 MiB above what they sum up to.
+LIBRARY_WORKSPACE = 8320 * 1024
 
 
 @dataclass(frozen=True)
@@ -226,8 +229,7 @@ def test_peak_on_the_gpu(impl: str, mib: int | None, tokens: int, hidden: int, v
     floor = min(max(16 * MIB, tokens * hidden), 64 * MIB)
     limit = max(0.05 * 2 * tokens * vocab, floor) if mib is None else mib * MIB
     cap = None if mib is None else mib * MIB
-    # The vendor library's own workspace, 8 MiB per call on Hopper, is not the loss's to cap.
-    limit += _library_workspace()
+    limit += LIBRARY_WORKSPACE
     for _ in range(2):  # the first call also takes the libraries' own workspaces
         input.grad = weight.grad = None
         torch.cuda.synchronize()
@@ -241,19 +243,6 @@ def test_peak_on_the_gpu(impl: str, mib: int | None, tokens: int, hidden: int, v
         del loss
     assert forward <= limit, f"forward: {forward / MIB:.1f} MiB"
     assert peak - grads <= limit, f"backward: {(peak - grads) / MIB:.1f} MiB"
-
-
-def _library_workspace() -> int:
-    """Bytes that a product of torch's takes beside its output."""
-    a = torch.randn(512, 8192, dtype=torch.bfloat16, device="cuda")
-    out = torch.zeros(512, 512, dtype=torch.float32, device="cuda")
-    peak = 0
-    for _ in range(2):
-        torch.cuda.reset_peak_memory_stats()
-        before, _ = _requested()
-        torch.addmm(out, a, a.t(), out_dtype=torch.float32, out=out)
-        peak = _requested()[1] - before
-    return peak
 
 
 def _requested() -> tuple[int, int]:
