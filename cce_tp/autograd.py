@@ -126,11 +126,13 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         # Without gradients and statistics there is nothing to choose tiles for.
         wants_far = rows.argmax or any(ctx.needs_input_grad)
         far_budget = options.grad_filter.budget if wants_far else None
+        keep_bytes = options.keep_logits_bytes if any(ctx.needs_input_grad) else 0
         loss, normaliser_2N, count, packed_RN, far = ops.loss(
             *operands,
             *_logit_arguments(options),
             *(rows.logit_sum, rows.entropy, rows.argmax),
             far_budget,
+            keep_bytes,
             options.group_name,
             options.sequence_parallel,
             [options.start, options.stop, options.vocab_size],

@@ -15,14 +15,16 @@ from cce_tp.far_field import (
     TargetPlan,
     TileMasses,
 )
-from cce_tp.problem import LocalLogits, LogitGradient, LossTerms, TokenLoss
+from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient, LossTerms, TokenLoss
 from cce_tp.stats import StatRows
 
 
 class Backend(Protocol):
     """Functions over a rectangle of logits; `kept` is the backend's own record of tiles."""
 
-    def statistics(self, logits: LocalLogits, rows: StatRows, workspace_bytes: int) -> Tensor: ...
+    def statistics(
+        self, logits: LocalLogits, rows: StatRows, workspace_bytes: int, kept: KeptLogits | None
+    ) -> Tensor: ...
 
     def token_loss(
         self, packed_RN: Tensor, target_N: Tensor, rows: StatRows, terms: LossTerms
@@ -39,6 +41,15 @@ class Backend(Protocol):
     def grad_logits(
         self, logits: LocalLogits, upstream: LogitGradient, out_VN: Tensor, eps: float | None
     ) -> Any: ...
+
+    def grad_kept(
+        self,
+        kept: KeptLogits,
+        start: int,
+        logits: LocalLogits,
+        upstream: LogitGradient,
+        out: Tensor,
+    ) -> None: ...
 
     def sparse_product(
         self,
@@ -130,6 +141,7 @@ class _TritonBackend:
         self.token_gradient = loss.token_gradient
         self.tile_bytes = lambda logits: 0
         self.grad_logits = backward.grad_logits
+        self.grad_kept = backward.grad_kept
         self.sparse_product = backward.sparse_product
         self.tile_rows = far_field.tile_rows
         self.mass_key = far_field.mass_key
@@ -153,6 +165,7 @@ class _TorchBackend:
         self.token_gradient = reference.token_gradient
         self.tile_bytes = reference.tile_bytes
         self.grad_logits = reference.grad_logits
+        self.grad_kept = reference.grad_kept
         self.tile_rows = reference.tile_rows
         self.mass_key = reference.mass_key
         self.target_places = reference.target_places

@@ -22,7 +22,7 @@ from cce_tp import far_field
 from cce_tp.backend import Backend
 from cce_tp.far_field import FarBackward, FarField
 from cce_tp.filtering import BYTES_PER_ORDERED_ROW, vocabulary_order
-from cce_tp.problem import LocalLogits, LogitGradient, statistics_dtype
+from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient, statistics_dtype
 from cce_tp.products import InputSum, add_product, copies_operands
 from cce_tp.workspace import (
     ALIGNMENT,
@@ -149,8 +149,10 @@ class _BackwardPass:
         sinks: GradientSinks,
         eps: float | None,
         state: FarField | None,
+        kept: KeptLogits | None,
     ) -> None:
         self.backend = backend
+        self.kept = kept
         self.logits = logits
         self.sinks = sinks
         self.eps = eps
@@ -381,7 +383,17 @@ class _BackwardPass:
         """The rectangle of a step, its gradient, and the backend's record of kept tiles."""
         logits = columns.tokens(*tokens)
         grad_VN = buffer[: strip.stop - strip.start, : tokens[1] - tokens[0]]
-        kept = self.backend.grad_logits(logits, self.upstream.tokens(*tokens), grad_VN, self.eps)
+        upstream, known, width = self.upstream.tokens(*tokens), 0, grad_VN.shape[0]
+        if self.kept is not None and strip.start < self.kept.columns:
+            known = min(self.kept.columns - strip.start, width)
+            part = self.kept.tokens(*tokens)
+            self.backend.grad_kept(
+                part, strip.start, logits.columns(0, known), upstream, grad_VN[:known]
+            )
+            if known == width:
+                return logits, grad_VN, None
+        rest = logits.columns(known, width)
+        kept = self.backend.grad_logits(rest, upstream, grad_VN[known:], self.eps)
         return logits, grad_VN, kept
 
     def _product(
@@ -494,6 +506,7 @@ def gradients(
     *,
     eps: float | None,
     far: FarField | None,
+    kept: KeptLogits | None,
     workspace_bytes: int,
 ) -> None:
     """Write this rank's gradients into `sinks`.
@@ -505,11 +518,12 @@ def gradients(
         sinks: outputs; every element of a wanted one is written.
         eps: threshold of the paper's filter, or None.
         far: what the forward pass left for the far field, or None.
+        kept: logits that it kept, or None.
         workspace_bytes: cap on temporaries beyond the gradients.
     """
     num_tokens, vocab, _ = logits.shape
     if num_tokens > 0 and vocab > 0:
-        _BackwardPass(backend, logits, upstream, sinks, eps, far).run(workspace_bytes)
+        _BackwardPass(backend, logits, upstream, sinks, eps, far, kept).run(workspace_bytes)
         return
     if sinks.input is not None:
         sinks.input.zero_()

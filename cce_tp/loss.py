@@ -35,6 +35,7 @@ class _Keywords(TypedDict, total=False):
     grad_weight_out: Tensor | None
     impl: str
     workspace_bytes: int | None
+    keep_logits_bytes: int
 
 
 @overload
@@ -77,6 +78,7 @@ def linear_cross_entropy(
     return_stats: ReturnStats = False,
     impl: str = "auto",
     workspace_bytes: int | None = None,
+    keep_logits_bytes: int = 0,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Cross entropy of `input @ linear_weight.T` against `target`, without storing the logits.
 
@@ -117,6 +119,9 @@ def linear_cross_entropy(
         workspace_bytes: cap on temporaries beyond the gradients, at least 1 MiB; smaller is
             slower. None: 5% of the global logits in bf16; at least 16 MiB, or half of the hidden
             states in bf16 if that is more, up to 64 MiB.
+        keep_logits_bytes: how many bytes of 16-bit logits, beside workspace_bytes, to keep from the
+            forward pass, so that the backward pass recomputes fewer; this rank's first rows, whole
+            tiles of them. For fp16 and bf16 operands and the exact filter.
 
     Returns:
         The loss, fp32 (fp64 for fp64): () for "mean" and "sum", target's shape for "none"; with
@@ -145,6 +150,7 @@ def linear_cross_entropy(
             "return_stats": return_stats,
             "impl": impl,
             "workspace_bytes": workspace_bytes,
+            "keep_logits_bytes": keep_logits_bytes,
         },
     )
     loss, *statistics = LinearCrossEntropyFunction.apply(
@@ -171,7 +177,8 @@ class LinearCrossEntropyLoss(nn.Module):
     Args:
         vocab_shard: as in `linear_cross_entropy`.
         options: ignore_index, reduction, label_smoothing, z_loss, logit_scale, logit_softcap,
-            grad_filter, return_stats, impl, workspace_bytes, as in `linear_cross_entropy`.
+            grad_filter, return_stats, impl, workspace_bytes, keep_logits_bytes, as in
+            `linear_cross_entropy`.
 
     Raises:
         ValueError: an option outside its range, on construction.

@@ -21,7 +21,13 @@ from cce_tp import far_field, sharding
 from cce_tp.backend import backend
 from cce_tp.backward import GradientSinks, gradients
 from cce_tp.far_field import FarField
-from cce_tp.problem import LocalLogits, LogitGradient, LossTerms, statistics_dtype
+from cce_tp.problem import (
+    KeptLogits,
+    LocalLogits,
+    LogitGradient,
+    LossTerms,
+    statistics_dtype,
+)
 from cce_tp.products import full_precision_sums
 from cce_tp.stats import StatRows
 from cce_tp.workspace import default_workspace_bytes
@@ -126,7 +132,7 @@ _LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
 
 def _loss(*arguments: Any) -> _LossOutputs:
     logits, terms, rest = _split(arguments)
-    flags, far_budget, (group, sequence_parallel, *rest) = rest[:3], rest[3], rest[4:]
+    flags, (far_budget, keep_logits_bytes, group, sequence_parallel, *rest) = rest[:3], rest[3:]
     shard, agreed, numbers, workspace_bytes, impl = rest
     rows = StatRows(*flags)
     chosen = backend(impl)
@@ -140,16 +146,18 @@ def _loss(*arguments: Any) -> _LossOutputs:
             sharding.agree(group, offer)
         whole = _with_all_tokens(logits, group, sequence_parallel)
         budget = _budget(workspace_bytes, logits, terms.vocab_size)
-        ordered = None
+        ordered = kept = None
         if far_budget is None or not _has_logits(logits):
-            packed = chosen.statistics(whole, rows, budget)
+            if keep_logits_bytes > 0:
+                kept = KeptLogits.empty(whole, chosen.tile_rows(whole.input), keep_logits_bytes)
+            packed = chosen.statistics(whole, rows, budget, kept)
         else:
             ordered = far_field.sorted_statistics(chosen, whole, rows, budget)
             packed = ordered.statistics.packed
         if group:
             packed = sharding.merge_over_group(packed, rows, group)
         made = chosen.token_loss(packed, logits.target, rows, terms)
-        far: list[Tensor] = []
+        far: list[Tensor] = [] if kept is None else [kept.below_max, kept.tile_max]
         if ordered is not None:
             assert far_budget is not None
             chosen_tiles = ordered.choose(chosen, whole, packed, made.normaliser, terms, far_budget)
@@ -168,9 +176,15 @@ def _has_logits(logits: LocalLogits) -> bool:
 
 
 def _loss_fake(*arguments: Any) -> _LossOutputs:
-    logits, terms, (*flags, far_budget, _, _, _, _, _, _, impl) = _split(arguments)
+    logits, terms, (*flags, far_budget, keep_logits_bytes, _, _, _, _, _, _, impl) = _split(
+        arguments
+    )
     rows, num_tokens = StatRows(*flags), logits.target.shape[0]
     far: list[Tensor] = []
+    if far_budget is None and keep_logits_bytes > 0:
+        tile = backend(impl).tile_rows(logits.input)
+        kept = KeptLogits.empty(logits, tile, keep_logits_bytes)
+        far += [] if kept is None else [kept.below_max, kept.tile_max]
     if far_budget is not None:
         if _has_logits(logits):
             tile = backend(impl).tile_rows(logits.input)
@@ -220,9 +234,22 @@ def _gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             vocab_size=terms.vocab_size,
         )
         budget = _budget(workspace_bytes, logits, terms.vocab_size)
-        kept = FarField(*far) if far else None
+        kept = ordered = None
+        if len(far) == len(FarField._fields):
+            ordered = FarField(*far)
+        elif far:
+            kept = KeptLogits(*far, tile=chosen.tile_rows(whole.input))
         with full_precision_sums():
-            gradients(chosen, whole, per_token, sinks, eps=eps, far=kept, workspace_bytes=budget)
+            gradients(
+                chosen,
+                whole,
+                per_token,
+                sinks,
+                eps=eps,
+                far=ordered,
+                kept=kept,
+                workspace_bytes=budget,
+            )
         if grad_bias is not None:
             made[2].copy_(grad_bias)
         reduction.wait()
@@ -260,19 +287,21 @@ def _empty_gradients(logits: LocalLogits, dtypes: list[int]) -> tuple[Tensor, Te
 
 
 # -> loss, (2, N) normaliser, number of tokens that count, packed statistics (if argmax is asked),
-# and with a far_budget the fields of a FarField (none if this rank has no logits), then its totals
-# (if argmax is asked). In a group the first call with new terms is a handshake.
+# and what is kept for the backward pass: with a far_budget the fields of a FarField (none if this
+# rank has no logits), then its totals (if argmax is asked); with keep_logits_bytes the tensors of a
+# KeptLogits (none if no tile fits). In a group the first call with new terms is a handshake.
 loss = _define(
     "loss",
-    f"({_LOGITS_SCHEMA}, {_TERMS_SCHEMA}, {_ROWS_SCHEMA}, float? far_budget, str group, "
-    "bool sequence_parallel, int[] shard, str agreed, float[] numbers, int? workspace_bytes, "
-    "str impl) "
+    f"({_LOGITS_SCHEMA}, {_TERMS_SCHEMA}, {_ROWS_SCHEMA}, float? far_budget, "
+    "int keep_logits_bytes, str group, bool sequence_parallel, int[] shard, str agreed, "
+    "float[] numbers, int? workspace_bytes, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
     _loss,
     _loss_fake,
 )
 # -> (dE, dC, dbias); dtypes: three numbers of `dtype_code`, or NOT_WANTED. dE is summed over the
-# group, if one is named. far: the fields of a FarField, or none.
+# group, if one is named. far: the fields of a FarField, the tensors of a
+# KeptLogits, or none.
 input_weight_gradients = _define(
     "gradients",
     f"({_LOGITS_SCHEMA}, {_TERMS_SCHEMA}, Tensor upstream, Tensor normaliser, Tensor count, "

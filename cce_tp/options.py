@@ -38,6 +38,7 @@ class Settings:
     return_stats: ReturnStats = False
     impl: str = "auto"
     workspace_bytes: int | None = None
+    keep_logits_bytes: int = 0
 
     def __post_init__(self) -> None:
         if self.reduction not in ("none", "mean", "sum"):
@@ -69,6 +70,18 @@ class Settings:
                 "workspace_bytes",
                 f"None or an int >= {MIN_WORKSPACE_BYTES}",
                 repr(self.workspace_bytes),
+            )
+        if (
+            isinstance(self.keep_logits_bytes, bool)
+            or not isinstance(self.keep_logits_bytes, int)
+            or self.keep_logits_bytes < 0
+        ):
+            fail("keep_logits_bytes", "an int >= 0", repr(self.keep_logits_bytes))
+        if self.keep_logits_bytes > 0 and self.grad_filter.kind != "exact":
+            fail(
+                "keep_logits_bytes",
+                f"0 with grad_filter {self.grad_filter.kind!r}, which has its own order of rows",
+                repr(self.keep_logits_bytes),
             )
 
 
@@ -111,6 +124,7 @@ class LossOptions:
         rows: statistics to compute.
         compute_dtype: dtype of the products' operands.
         workspace_bytes: cap on temporaries, or None for the default.
+        keep_logits_bytes: bytes of logits to keep from the forward pass for the backward pass.
         impl: "triton" or "torch".
         terms: what all ranks must agree on beside the numbers, as "name=value; name=value".
     """
@@ -131,6 +145,7 @@ class LossOptions:
     rows: StatRows
     compute_dtype: torch.dtype
     workspace_bytes: int | None
+    keep_logits_bytes: int
     impl: str
     terms: str
 
@@ -210,6 +225,12 @@ def _resolve(
 ) -> LossOptions:
     start, stop, vocab_size, group_name = bounds
     reduce_input_grad, sequence_parallel = flags
+    if settings.keep_logits_bytes > 0 and compute_dtype.itemsize != 2:
+        fail(
+            "keep_logits_bytes",
+            f"0 with products in {compute_dtype}, whose logits 16 bits do not hold",
+            repr(settings.keep_logits_bytes),
+        )
     terms = ""
     if group_name:
         # What must be the same on every rank beside numbers: those may be symbolic under
@@ -248,6 +269,7 @@ def _resolve(
         ),
         compute_dtype=compute_dtype,
         workspace_bytes=settings.workspace_bytes,
+        keep_logits_bytes=settings.keep_logits_bytes,
         impl=_resolve_impl(settings.impl, compute_dtype, device),
         terms=terms,
     )

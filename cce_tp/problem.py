@@ -72,6 +72,44 @@ class LocalLogits(NamedTuple):
         )
 
 
+class KeptLogits(NamedTuple):
+    """Logits of the first columns, kept from the forward pass for the backward pass.
+
+    Attributes:
+        below_max: (columns, N) fp16 logit less the maximum of its (token, tile), cap included.
+            Eleven bits serve better than bf16's eight: what is near the maximum is small.
+        tile_max: (tiles, N) fp32 those maxima.
+        tile: columns per tile.
+    """
+
+    below_max: Tensor
+    tile_max: Tensor
+    tile: int
+
+    @classmethod
+    def empty(cls, logits: LocalLogits, tile: int, keep_bytes: int) -> KeptLogits | None:
+        """Room for as many whole tiles as fit `keep_bytes`, or all; None for none."""
+        num_tokens, vocab = logits.target.shape[0], logits.weight.shape[0]
+        width = -(-num_tokens // 16) * 16  # rows aligned for the tensor memory accelerator
+        tiles = 0 if width == 0 else min(keep_bytes // (2 * width * tile), -(-vocab // tile))
+        if tiles == 0:
+            return None
+        columns = min(tiles * tile, vocab)
+        below_max = logits.input.new_empty((columns, width), dtype=torch.float16)
+        tile_max = logits.input.new_empty((tiles, num_tokens), dtype=torch.float32)
+        return cls(below_max[:, :num_tokens], tile_max, tile)
+
+    @property
+    def columns(self) -> int:
+        return self.below_max.shape[0]
+
+    def tokens(self, start: int, stop: int) -> KeptLogits:
+        if start == 0 and stop == self.tile_max.shape[1]:
+            return self
+        below_max, tile_max = self.below_max[:, start:stop], self.tile_max[:, start:stop]
+        return self._replace(below_max=below_max, tile_max=tile_max.contiguous())
+
+
 class LossTerms(NamedTuple):
     """How the losses of the tokens are made and joined.
 

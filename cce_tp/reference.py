@@ -22,7 +22,14 @@ from cce_tp.far_field import (
     mass_dtype,
 )
 from cce_tp.filtering import LARGEST_FAR_MASS
-from cce_tp.problem import LocalLogits, LogitGradient, LossTerms, TokenLoss, statistics_dtype
+from cce_tp.problem import (
+    KeptLogits,
+    LocalLogits,
+    LogitGradient,
+    LossTerms,
+    TokenLoss,
+    statistics_dtype,
+)
 from cce_tp.stats import StatRows
 from cce_tp.workspace import blocks
 
@@ -65,7 +72,9 @@ def _tile_statistics(logits: LocalLogits, rows: StatRows) -> Tensor:
     return torch.stack(packed)
 
 
-def statistics(logits: LocalLogits, rows: StatRows, workspace_bytes: int) -> Tensor:
+def statistics(
+    logits: LocalLogits, rows: StatRows, workspace_bytes: int, kept: KeptLogits | None
+) -> Tensor:
     """Packed (rows, N) statistics of this rank's logits, as `kernels.forward.statistics`."""
     num_tokens, vocab, _ = logits.shape
     dtype = statistics_dtype(logits.input.dtype)
@@ -75,7 +84,34 @@ def statistics(logits: LocalLogits, rows: StatRows, workspace_bytes: int) -> Ten
         for v0, v1 in blocks(vocab, TILE_V):
             tile = _tile_statistics(block.columns(v0, v1), rows)
             merged[:, n0:n1] = stats.merge(torch.stack([merged[:, n0:n1], tile]), rows)
+            if kept is not None and v0 < kept.columns:
+                _keep(kept, block.columns(v0, v1), tile[StatRows.MAX], (n0, n1), (v0, v1))
     return merged
+
+
+def _keep(
+    kept: KeptLogits,
+    logits: LocalLogits,
+    max_N: Tensor,
+    tokens: tuple[int, int],
+    columns: tuple[int, int],
+) -> None:
+    base_N = torch.where(max_N == -torch.inf, 0.0, max_N)
+    kept.tile_max[columns[0] // TILE_V, slice(*tokens)] = base_N
+    below = (_logits_tile(logits) - base_N[:, None]).to(torch.float16)
+    kept.below_max[slice(*columns), slice(*tokens)] = below.t()
+
+
+def grad_kept(
+    kept: KeptLogits, start: int, logits: LocalLogits, upstream: LogitGradient, out: Tensor
+) -> None:
+    """As `kernels.backward.grad_kept`."""
+    for v0, v1 in blocks(out.shape[0], TILE_V):
+        columns = torch.arange(start + v0, start + v1, device=out.device)
+        x_VN = kept.below_max[start + v0 : start + v1].to(kept.tile_max.dtype)
+        x_VN = x_VN + kept.tile_max[columns // kept.tile]
+        g_NV = _gradient_of(x_VN.t(), logits.columns(v0, v1), upstream)
+        out[v0:v1] = g_NV.mul_(logits.logit_scale * upstream.grad[:, None]).t()
 
 
 def token_loss(packed_RN: Tensor, target_N: Tensor, rows: StatRows, terms: LossTerms) -> TokenLoss:
@@ -118,8 +154,8 @@ def tile_bytes(logits: LocalLogits) -> int:
     return wide.itemsize * (4 * tile + copies * (TILE_N + TILE_V) * logits.shape[2]) + tile
 
 
-def _gradient_tile(logits: LocalLogits, upstream: LogitGradient, eps: float | None) -> Tensor:
-    x_NV = _logits_tile(logits)
+def _gradient_of(x_NV: Tensor, logits: LocalLogits, upstream: LogitGradient) -> Tensor:
+    """Gradient of each token's own loss with respect to y, before the upstream gradient."""
     g_NV = (x_NV - upstream.max_logit[:, None]).sub_(upstream.log_sum[:, None]).exp_()
     if upstream.z_loss != 0:
         lse_N = upstream.max_logit + upstream.log_sum
@@ -129,7 +165,11 @@ def _gradient_tile(logits: LocalLogits, upstream: LogitGradient, eps: float | No
     if logits.logit_softcap is not None:
         g_NV *= 1 - (x_NV / logits.logit_softcap).square_()
     # A masked token has gradient exactly 0 even where its logits are not finite.
-    g_NV.masked_fill_(upstream.grad[:, None] == 0, 0.0)
+    return g_NV.masked_fill_(upstream.grad[:, None] == 0, 0.0)
+
+
+def _gradient_tile(logits: LocalLogits, upstream: LogitGradient, eps: float | None) -> Tensor:
+    g_NV = _gradient_of(_logits_tile(logits), logits, upstream)
     if eps is not None and bool((g_NV.abs() < eps).all()):
         return g_NV.zero_()
     return g_NV.mul_(logits.logit_scale * upstream.grad[:, None])

@@ -21,6 +21,8 @@ class CceConfig:
         workspace_bytes: cap on temporaries of one head, in bytes, at least 1 MiB; None: 5% of
             the global logits in bf16, or if more, half of the hidden states in bf16 within 16 to
             64 MiB.
+        keep_logits_bytes: bytes of 16-bit logits that a head keeps for its backward pass, beside
+            workspace_bytes, so that fewer are computed twice; with the exact filter. 0: none.
         strict: materialising the logits of a head in training mode is a RuntimeError instead of
             one warning.
         capture_dir: folder where one micro batch is saved for `launch.benchmark run --snapshot`;
@@ -34,6 +36,7 @@ class CceConfig:
 
     grad_filter: GradFilter = GradFilter.exact()  # noqa: RUF009 (frozen)
     workspace_bytes: int | None = None
+    keep_logits_bytes: int = 0
     strict: bool = False
     capture_dir: str | None = None
     capture_after: int = 0
@@ -48,6 +51,16 @@ class CceConfig:
             raise ValueError(
                 "--cce-workspace-mb (workspace_bytes): expected at least 1 MiB, got "
                 f"{size / _MIB:g} MiB"
+            )
+        kept = self.keep_logits_bytes
+        if isinstance(kept, bool) or not isinstance(kept, int) or kept < 0:
+            raise ValueError(
+                f"--cce-keep-logits-mb (keep_logits_bytes): expected a size >= 0, got {kept!r}"
+            )
+        if kept > 0 and self.grad_filter.kind != "exact":
+            raise ValueError(
+                "--cce-keep-logits-mb (keep_logits_bytes): expected 0 with "
+                f"--cce-grad-filter {self.grad_filter.kind}, got {kept!r}"
             )
         if self.capture_dir is not None and not (
             isinstance(self.capture_dir, str) and self.capture_dir
@@ -77,6 +90,7 @@ class CceConfig:
                 getattr(args, "cce_far_field_budget", None),
             ),
             workspace_bytes=None if megabytes is None else int(megabytes * _MIB),
+            keep_logits_bytes=int((getattr(args, "cce_keep_logits_mb", None) or 0) * _MIB),
             strict=getattr(args, "cce_strict", False),
             capture_dir=getattr(args, "cce_capture", None),
             capture_after=getattr(args, "cce_capture_after", 0),
@@ -155,6 +169,13 @@ def add_cce_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         default=None,
         metavar="MIB",
         help="cap on temporaries of one head, in MiB (default: about 5%% of the bf16 logits)",
+    )
+    group.add_argument(
+        "--cce-keep-logits-mb",
+        type=float,
+        default=0.0,
+        metavar="MIB",
+        help="logits that a head keeps for its backward pass instead of computing them twice (0)",
     )
     group.add_argument(
         "--cce-strict",

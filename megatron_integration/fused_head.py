@@ -97,6 +97,8 @@ def fused_loss(
         "grad_weight_out": sink,
         "return_stats": return_stats,
         "workspace_bytes": config.workspace_bytes,
+        # Kept logits have 16 bits: a head in fp32 goes without.
+        "keep_logits_bytes": config.keep_logits_bytes if weight.dtype.itemsize == 2 else 0,
     }
     result = linear_cross_entropy(call.input, weight, labels_sb, **options)
     loss, stats = result if return_stats else (result, None)

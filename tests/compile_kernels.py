@@ -48,6 +48,8 @@ CASES = (
     ("bf16", 256, "everything", 80),
     ("bf16", 255, "everything", 90),
     ("bf16", 256, "far-field", 80),
+    ("bf16", 256, "kept", 80),
+    ("fp16", 256, "kept", 80),
     ("fp16", 256, "everything", 80),
     ("fp32", 256, "everything", 80),
     ("fp32", 256, "far-field", 80),
@@ -129,6 +131,9 @@ def call(dtype: torch.dtype, hidden: int, features: str) -> None:
     if features == "everything":
         bias = torch.zeros(1024, dtype=dtype, requires_grad=True)
         options = {**EVERYTHING, "linear_bias": bias}
+    if features == "kept":
+        options = {**EVERYTHING, "keep_logits_bytes": 1 << 20}
+        del options["grad_filter"]
     if features == "far-field":
         bias = torch.zeros(1024, dtype=dtype, requires_grad=True)
         chosen = cce_tp.GradFilter.far_field()

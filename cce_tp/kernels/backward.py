@@ -16,6 +16,7 @@ Legend: N tokens, V vocabulary columns of the strip, D hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -34,7 +35,104 @@ from cce_tp.kernels.tile import (
     target_column,
 )
 from cce_tp.kernels.tuning import ceil_div
-from cce_tp.problem import LocalLogits, LogitGradient
+from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient
+
+
+@triton.jit
+def gradient_of(
+    x,
+    rows,
+    first_col,
+    target_ptr,
+    grad_ptr,
+    max_ptr,
+    log_sum_ptr,
+    N,
+    V,
+    first_id,
+    logit_softcap,
+    z_loss,
+    onehot_weight,
+    uniform_weight,
+    BLOCK_V: tl.constexpr,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """From a tile of logits x (tokens, BLOCK_V): the gradient of each token's own loss with respect
+    to y, the logit before the cap, and each token's upstream gradient."""
+    in_tile = tl.arange(0, BLOCK_V)
+    valid = rows < N
+    grad = tl.load(grad_ptr + rows, mask=valid, other=0.0)
+    max_x = tl.load(max_ptr + rows, mask=valid, other=0.0)
+    log_sum = tl.load(log_sum_ptr + rows, mask=valid, other=0.0)
+    g = tl.exp2((x - max_x[:, None]) * LOG2E - (log_sum * LOG2E)[:, None])
+    if HAS_Z_LOSS:
+        g *= (1.0 + 2.0 * z_loss * (max_x + log_sum))[:, None]
+    if HAS_SMOOTHING:
+        g -= uniform_weight
+    target = target_column(target_ptr, rows, N, first_id, V) - first_col
+    # Most tiles hold no target, and no masked token: a branch costs less than a comparison per
+    # element.
+    if tl.max(((target >= 0) & (target < BLOCK_V)).to(tl.int32), axis=0) > 0:
+        g -= tl.where(in_tile[None, :] == target[:, None], onehot_weight, 0.0)
+    if HAS_SOFTCAP:
+        capped = x * (1.0 / logit_softcap)
+        g *= 1.0 - capped * capped
+    # A masked token has gradient exactly 0 even where its logits are not finite.
+    if tl.max((grad == 0.0).to(tl.int32), axis=0) > 0:
+        g = tl.where((grad == 0.0)[:, None], 0.0, g)
+    return g, grad
+
+
+@triton.jit(do_not_specialize=["first_id"])
+def grad_kept_kernel(
+    below_ptr,
+    tile_max_ptr,
+    target_ptr,
+    grad_ptr,
+    max_ptr,
+    log_sum_ptr,
+    out_ptr,
+    N,
+    V,
+    stride_below,
+    stride_out,
+    start,
+    first_id,
+    logit_scale,
+    logit_softcap,
+    z_loss,
+    onehot_weight,
+    uniform_weight,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """out (V, N): G^T of V kept columns from `start` on; tile_max (tiles, N) of all of them."""
+    blocks_n = tl.cdiv(N, BLOCK_N)
+    col = (tl.program_id(0) // blocks_n) * BLOCK_V
+    rows = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = col + tl.arange(0, BLOCK_V)
+    mask = (cols < V)[:, None] & (rows < N)[None, :]
+    at = cols[:, None].to(tl.int64) * stride_below + rows[None, :]
+    below = tl.load(below_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tiles = ((start + cols) // TILE).to(tl.int64)
+    tile_max = tl.load(tile_max_ptr + tiles[:, None] * N + rows[None, :], mask=mask, other=0.0)
+    g, grad = gradient_of(
+        tl.trans(below + tile_max), rows, col, target_ptr, grad_ptr, max_ptr, log_sum_ptr, N, V,
+        first_id, logit_softcap, z_loss, onehot_weight, uniform_weight,
+        BLOCK_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP,
+    )  # fmt: skip
+    if HAS_SCALE:
+        grad *= logit_scale
+    g *= grad[:, None]
+    out = out_ptr + cols[:, None].to(tl.int64) * stride_out + rows[None, :]
+    tl.store(out, tl.trans(g.to(out_ptr.dtype.element_ty)), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_id"])
@@ -90,26 +188,11 @@ def grad_logits_kernel(
         )  # fmt: skip
         rows = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         in_tile = tl.arange(0, BLOCK_V)
-        valid = rows < N
-        grad = tl.load(grad_ptr + rows, mask=valid, other=0.0)
-        max_x = tl.load(max_ptr + rows, mask=valid, other=0.0)
-        log_sum = tl.load(log_sum_ptr + rows, mask=valid, other=0.0)
-        g = tl.exp2((x - max_x[:, None]) * LOG2E - (log_sum * LOG2E)[:, None])
-        if HAS_Z_LOSS:
-            g *= (1.0 + 2.0 * z_loss * (max_x + log_sum))[:, None]
-        if HAS_SMOOTHING:
-            g -= uniform_weight
-        target = target_column(target_ptr, rows, N, first_id, V) - block_v * BLOCK_V
-        # Most tiles hold no target, and no masked token: a branch costs less than a comparison per
-        # element.
-        if tl.max(((target >= 0) & (target < BLOCK_V)).to(tl.int32), axis=0) > 0:
-            g -= tl.where(in_tile[None, :] == target[:, None], onehot_weight, 0.0)
-        if HAS_SOFTCAP:
-            capped = x * (1.0 / logit_softcap)
-            g *= 1.0 - capped * capped
-        # A masked token has gradient exactly 0 even where its logits are not finite.
-        if tl.max((grad == 0.0).to(tl.int32), axis=0) > 0:
-            g = tl.where((grad == 0.0)[:, None], 0.0, g)
+        g, grad = gradient_of(
+            x, rows, block_v * BLOCK_V, target_ptr, grad_ptr, max_ptr, log_sum_ptr, N, V, first_id,
+            logit_softcap, z_loss, onehot_weight, uniform_weight,
+            BLOCK_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP,
+        )  # fmt: skip
         if FILTER:
             size = tl.where((block_v * BLOCK_V + in_tile < V)[None, :], tl.abs(g), 0.0)
             small = (size < eps).to(tl.int32)  # NaN is not small
@@ -228,24 +311,68 @@ def grad_logits(
         min(tiling["NUM_PROGRAMS"], tiles),
         target_ptr=logits.target,
         first_id=logits.first_id,
-        grad_ptr=upstream.grad,
-        max_ptr=upstream.max_logit,
-        log_sum_ptr=upstream.log_sum,
         out=matrix_argument(out_VN, block_v, block_n, out_descriptor),
         kept_ptr=None if kept is None else kept.mask,
         stride_out=out_VN.stride(0),
-        z_loss=float(upstream.z_loss),
-        onehot_weight=float(upstream.onehot_weight),
-        uniform_weight=float(upstream.uniform_weight),
         eps=0.0 if eps is None else float(eps),
         FILTER=eps is not None,
-        HAS_SMOOTHING=upstream.label_smoothing != 0.0,
-        HAS_Z_LOSS=upstream.z_loss != 0.0,
+        **_upstream_arguments(upstream),
         OUT_DESCRIPTOR=out_descriptor,
         **logits_arguments(logits),
         **tiling,
     )
     return kept
+
+
+def grad_kept(
+    kept: KeptLogits, start: int, logits: LocalLogits, upstream: LogitGradient, out: Tensor
+) -> None:
+    """As `grad_logits`, of columns whose logits are kept.
+
+    Args:
+        kept: logits of the same tokens.
+        start: first of the kept columns to take.
+        logits: N tokens against those V columns.
+        upstream: gradient and global statistics of the tokens.
+        out: (V, N) in the inputs' dtype, last dim contiguous; G^T, every element is written.
+    """
+    num_tokens, vocab, _ = logits.shape
+    block_n, block_v = 128, 64
+    arguments = logits_arguments(logits)
+    launch(
+        grad_kept_kernel,
+        ceil_div(num_tokens, block_n) * ceil_div(vocab, block_v),
+        below_ptr=kept.below_max[start : start + vocab],
+        tile_max_ptr=kept.tile_max,
+        target_ptr=logits.target,
+        out_ptr=out,
+        stride_below=kept.below_max.stride(0),
+        stride_out=out.stride(0),
+        start=start,
+        first_id=logits.first_id,
+        TILE=kept.tile,
+        BLOCK_N=block_n,
+        BLOCK_V=block_v,
+        num_warps=8,
+        **_upstream_arguments(upstream),
+        **{name: arguments[name] for name in _KEPT_ARGUMENTS},
+    )
+
+
+_KEPT_ARGUMENTS = ("N", "V", "logit_scale", "logit_softcap", "HAS_SCALE", "HAS_SOFTCAP")
+
+
+def _upstream_arguments(upstream: LogitGradient) -> dict[str, Any]:
+    return {
+        "grad_ptr": upstream.grad,
+        "max_ptr": upstream.max_logit,
+        "log_sum_ptr": upstream.log_sum,
+        "z_loss": float(upstream.z_loss),
+        "onehot_weight": float(upstream.onehot_weight),
+        "uniform_weight": float(upstream.uniform_weight),
+        "HAS_SMOOTHING": upstream.label_smoothing != 0.0,
+        "HAS_Z_LOSS": upstream.z_loss != 0.0,
+    }
 
 
 def sparse_product(

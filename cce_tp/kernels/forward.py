@@ -24,12 +24,13 @@ from cce_tp.kernels.tile import (
     LOG2E,
     grouped_block,
     logits_tile,
+    store_tile,
     target_column,
 )
 from cce_tp.kernels.tuning import ceil_div
-from cce_tp.problem import LocalLogits
+from cce_tp.problem import KeptLogits, LocalLogits
 from cce_tp.stats import StatRows
-from cce_tp.workspace import for_buffers
+from cce_tp.workspace import blocks, for_buffers
 
 
 @triton.jit(do_not_specialize=["first_id"])
@@ -39,6 +40,7 @@ def tile_statistics_kernel(
     bias_ptr,
     target_ptr,
     ids_ptr,
+    keep,
     tiles_ptr,
     merged_ptr,
     N,
@@ -46,6 +48,7 @@ def tile_statistics_kernel(
     D,
     stride_input,
     stride_weight,
+    stride_keep,
     first_id,
     logit_scale,
     logit_softcap,
@@ -56,6 +59,7 @@ def tile_statistics_kernel(
     ARGMAX: tl.constexpr,
     SORTED: tl.constexpr,
     MASSES: tl.constexpr,
+    KEEP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -71,7 +75,7 @@ def tile_statistics_kernel(
 
     With SORTED the columns are in another order than their ids, which are in ids_ptr (V,). MASSES
     adds rows for the far field: the sum of exp(x - m)^2; and with a cap the sum of its derivative,
-    weighted by exp(x - m) and not."""
+    weighted by exp(x - m) and not. With KEEP keep (V, N) takes x - m, transposed, in fp16."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_v = tl.cdiv(V, BLOCK_V)
     for tile in tl.range(tl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS, flatten=True):
@@ -100,6 +104,12 @@ def tile_statistics_kernel(
         max_x = tl.max(x, axis=1)
         shifted = x - tl.where(max_x == float("-inf"), 0.0, max_x)[:, None]
         exp_x = tl.exp2(shifted * LOG2E)
+        if KEEP:
+            # Through pointers: Triton 3.7 cannot build it with a descriptor for Blackwell.
+            store_tile(
+                keep, block_v * BLOCK_V, block_n * BLOCK_N, V, N, stride_keep,
+                tl.trans(shifted.to(tl.float16)), BLOCK_V, BLOCK_N, False,
+            )  # fmt: skip
 
         out = tiles_ptr + block_v.to(tl.int64) * ROWS * N + rows
         valid = rows < N
@@ -208,7 +218,9 @@ def merge_tiles_kernel(
         tl.store(out, ids.to(tl.float32, bitcast=True), mask=valid)
 
 
-def statistics(logits: LocalLogits, rows: StatRows, workspace_bytes: int) -> Tensor:
+def statistics(
+    logits: LocalLogits, rows: StatRows, workspace_bytes: int, kept: KeptLogits | None
+) -> Tensor:
     """Statistics of this rank's logits for every token.
 
     Args:
@@ -216,6 +228,7 @@ def statistics(logits: LocalLogits, rows: StatRows, workspace_bytes: int) -> Ten
         rows: optional statistics to compute.
         workspace_bytes: cap on the tile statistics; more tiles than fit are taken in several
             launches.
+        kept: takes the logits of the first columns, or None.
 
     Returns:
         (rows.count, N) fp32 packed statistics, local to this rank (see `cce_tp.stats`).
@@ -229,20 +242,37 @@ def statistics(logits: LocalLogits, rows: StatRows, workspace_bytes: int) -> Ten
     tiles_per_launch = max(1, available // bytes_per_tile)
     columns_per_launch = tiles_per_launch * config.block_v
     merged = None
-    for start in range(0, vocab, columns_per_launch):
-        part = _statistics_of(logits.columns(start, min(start + columns_per_launch, vocab)), rows)
+    keeps = 0 if kept is None else kept.columns
+    pieces = [(start, stop) for start, stop in blocks(keeps, columns_per_launch)]
+    pieces += [(keeps + a, keeps + b) for a, b in blocks(vocab - keeps, columns_per_launch)]
+    for start, stop in pieces:
+        keep = None if kept is None or start >= keeps else kept.below_max[start:stop]
+        part, tiles = _statistics_of(logits.columns(start, stop), rows, keep)
+        if kept is not None and keep is not None:
+            first = start // kept.tile
+            torch.nan_to_num(
+                tiles[:, 0],
+                nan=torch.nan,
+                neginf=0.0,
+                posinf=torch.inf,
+                out=kept.tile_max[first : first + len(tiles)],
+            )
+        del tiles  # before the next launch's are allocated
         merged = part if merged is None else stats.merge(torch.stack([merged, part]), rows)
     assert merged is not None
     return merged
 
 
-def _statistics_of(logits: LocalLogits, rows: StatRows) -> Tensor:
+def _statistics_of(
+    logits: LocalLogits, rows: StatRows, keep: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Merged and per tile."""
     num_tokens, vocab, _ = logits.shape
     config, _ = tuning.config_for(logits.input)
     tiles, merged = empty_tiles(ceil_div(vocab, config.block_v), num_tokens, rows, logits.input)
-    tile_statistics(logits, rows, tiles, merged)
+    tile_statistics(logits, rows, tiles, merged, keep=keep)
     merge_tiles(logits.target, logits.first_id, vocab, rows, tiles, merged)
-    return merged
+    return merged, tiles
 
 
 def empty_tiles(
@@ -262,6 +292,7 @@ def tile_statistics(
     *,
     ids: Tensor | None = None,
     masses: bool = False,
+    keep: Tensor | None = None,
 ) -> None:
     """Fill the tile statistics of some columns, and their targets' logits in row 2 of `merged`.
 
@@ -272,6 +303,7 @@ def tile_statistics(
         merged: (rows, N) fp32.
         ids: (V,) int64 number of each column, where that is not its place.
         masses: also make the rows for the far field: one, or three with a cap.
+        keep: (V, N) fp16, takes the logits less their tile's maximum; or None.
     """
     tiling = tiling_arguments(logits, tuning.use_descriptors(logits.input, logits.weight))
     grid = tiles.shape[0] * ceil_div(logits.target.shape[0], tiling["BLOCK_N"])
@@ -280,6 +312,9 @@ def tile_statistics(
         min(tiling["NUM_PROGRAMS"], grid),
         target_ptr=logits.target,
         ids_ptr=ids,
+        keep=keep,
+        stride_keep=0 if keep is None else keep.stride(0),
+        KEEP=keep is not None,
         tiles_ptr=tiles,
         merged_ptr=merged,
         first_id=logits.first_id,

@@ -98,6 +98,13 @@ def _add_run_arguments(run: argparse.ArgumentParser) -> None:
     add("--statistics", action="store_true", help="of the logits, beside the loss")
     add("--grad-weight-out", action="store_true", help="dC is added to a given fp32 tensor")
     add("--workspace-mib", type=float, metavar="X", help="cap on this library's temporaries")
+    add(
+        "--keep-logits-mib",
+        type=float,
+        metavar="X",
+        default=0.0,
+        help="logits that this library's exact filter keeps for the backward pass (0)",
+    )
     add("--forward-only", action="store_true")
     how = run.add_argument_group("how")
     add = how.add_argument

@@ -92,6 +92,8 @@ class Options:
         statistics: ask for the statistics of the logits beside the loss.
         grad_weight_out: add dC in fp32 to a given tensor in place of returning it.
         workspace_mib: cap on temporaries in MiB; None: the library's default.
+        keep_logits_mib: this library's exact filter keeps so many MiB of logits for the backward
+            pass.
         forward_only: no backward pass.
 
     Raises:
@@ -105,6 +107,7 @@ class Options:
     statistics: bool = False
     grad_weight_out: bool = False
     workspace_mib: float | None = None
+    keep_logits_mib: float = 0.0
     forward_only: bool = False
 
     def __post_init__(self) -> None:
@@ -121,10 +124,15 @@ class Options:
                 f"--workspace-mib: expected a number of at least 1, got {self.workspace_mib}"
             )
 
+        if not 0 <= self.keep_logits_mib < math.inf:
+            raise ValueError(
+                f"--keep-logits-mib: expected a number >= 0, got {self.keep_logits_mib}"
+            )
+
     def asked(self) -> tuple[str, ...]:
         """Names of the options an implementation must have; a cap binds only who has temporaries
         to cap, and a backward pass can be left out by anybody."""
-        free = ("forward_only", "workspace_mib")
+        free = ("forward_only", "workspace_mib", "keep_logits_mib")
         names = [name for name in self.__slots__ if name not in free]
         return tuple(name for name in names if getattr(self, name) not in (None, False, 0.0))
 

@@ -79,16 +79,19 @@ def _ours(make_filter: Callable[[], GradFilter]) -> Callable[[Problem], Any]:
         if problem.group is not None:
             even = VocabShard.even(problem.vocab, problem.group)
             shard = replace(even, sequence_parallel=problem.sequence_parallel)
-        cap = options.workspace_mib
+        cap, chosen = options.workspace_mib, make_filter()
+        if options.keep_logits_mib > 0 and chosen.kind != "exact":
+            raise NotAvailable("logits are kept with the exact filter alone")
         try:
             loss = LinearCrossEntropyLoss(
                 vocab_shard=shard,
-                grad_filter=make_filter(),
+                grad_filter=chosen,
                 label_smoothing=options.label_smoothing,
                 z_loss=options.z_loss,
                 logit_softcap=options.softcap,
                 return_stats=options.statistics,
                 workspace_bytes=None if cap is None else int(cap * 2**20),
+                keep_logits_bytes=int(options.keep_logits_mib * 2**20),
             )
         except NotImplementedError as error:
             raise NotAvailable(str(error)) from error

@@ -103,14 +103,15 @@ class LossOptions:
 
     Attributes:
         loss: stock, stock-native-fusion or cce.
-        grad_filter, far_field_budget, workspace_mb, strict, capture, capture_after: as the flags
-            `--cce-...`.
+        grad_filter, far_field_budget, workspace_mb, keep_logits_mb, strict, capture, capture_after:
+            as the flags `--cce-...`.
     """
 
     loss: str = "cce"
     grad_filter: str = "exact"
     far_field_budget: float | None = None
     workspace_mb: float | None = None
+    keep_logits_mb: float = 0.0
     strict: bool = False
     capture: str | None = None
     capture_after: int = 0
