@@ -106,7 +106,7 @@ def kept_rows_kernel(
     tl.store(flags_ptr + tile, kept)
     in_tile = tl.arange(0, TILE)
     places = tile * TILE + in_tile
-    inside = (places < V) & (kept != 0)
+    inside = places < tl.where(kept != 0, V, 0)
     rows = tl.load(order_ptr + places, mask=inside, other=-1)
     tl.store(flags_ptr + T + tile, tl.sum((rows >= first_late).to(tl.int32), axis=0))
     tl.store(rows_ptr + tl.load(slot_ptr + tile) * TILE + in_tile, rows, mask=inside)
@@ -317,8 +317,9 @@ def far_gradient_kernel(
         slope = tl.minimum(V - tile * TILE, TILE).to(tl.float32)
     g = mass * (1.0 + 2.0 * z_loss * lse) - uniform_weight * slope
     g *= grad * logit_scale
-    kept = tl.load(kept_ptr + tile) != 0
-    g = tl.where(kept | (grad == 0.0), 0.0, g)
+    g = tl.where(grad == 0.0, 0.0, g)
+    if tl.load(kept_ptr + tile) != 0:
+        g = tl.zeros((BLOCK_N,), dtype=tl.float32)
     out = out_ptr + tile.to(tl.int64) * stride_out + rows
     tl.store(out, g.to(out_ptr.dtype.element_ty), mask=inside)
 
