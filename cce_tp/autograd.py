@@ -112,9 +112,12 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         target: Tensor,
         grad_weight_out: Tensor | None,
         options: LossOptions,
+        grad_enabled: bool,
         *anchors: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        """(N, D), (V_local, D), (V_local,), (N,) -> loss, and LossStats where asked for."""
+        """(N, D), (V_local, D), (V_local,), (N,) -> loss, and LossStats where asked for.
+
+        grad_enabled: autograd's mode at the call, which is off in here."""
         dtype = options.compute_dtype
         operands = (
             _operand(input, dtype),
@@ -124,9 +127,9 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         )
         rows = options.rows
         # Without gradients and statistics there is nothing to choose tiles for.
-        wants_far = rows.argmax or any(ctx.needs_input_grad)
-        far_budget = options.grad_filter.budget if wants_far else None
-        keep_bytes = options.keep_logits_bytes if any(ctx.needs_input_grad) else 0
+        differentiates = grad_enabled and any(ctx.needs_input_grad)
+        far_budget = options.grad_filter.budget if rows.argmax or differentiates else None
+        keep_bytes = options.keep_logits_bytes if differentiates else 0
         loss, normaliser_2N, count, packed_RN, far = ops.loss(
             *operands,
             *_logit_arguments(options),
@@ -167,7 +170,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             results = tuple(
                 None if each is None else _FirstDerivative.apply(each, *through) for each in results
             )
-        return (*results, None, None, None, *(None for _ in anchors))
+        return (*results, None, None, None, None, *(None for _ in anchors))
 
 
 def _logit_arguments(options: LossOptions) -> tuple[Any, ...]:

@@ -221,7 +221,8 @@ class _BackwardPass:
                 elif self.far is not None:
                     rows = dC.shape[0] - far_field.first_late_row(dC.shape[0])
                     loan_columns = max(0, rows * hidden * dC.itemsize - ALIGNMENT) // gradient_row
-                    loan_bytes = self.far.late * hidden * dC.itemsize
+                    # What is held, and the lists that say which rows those are.
+                    loan_bytes = self.far.late * hidden * dC.itemsize + 48 * vocab
         sums_apart = dE is not None and dE.dtype != self.sum_dtype
         sum_row = hidden * wide * (sums_apart + copies)
         return BackwardSizes(
@@ -359,7 +360,7 @@ class _BackwardPass:
                 elif grad_weight is not None:
                     add = self.sinks.accumulate_weight
                     inputs = logits.input
-                    del logits
+                    del logits, columns  # gathered rows, before the temporaries of dC are made
                     self._add_weight(grad_weight, strip, grad_VN, inputs, kept, accumulate=add)
             if total is not None and grad_weight is not None:
                 if self.unscale is not None:

@@ -41,6 +41,10 @@ class GradFilter:
                 f"kind: expected 'exact', 'paper' or 'far-field', got {self.kind!r}; "
                 "use GradFilter.exact(), .paper() or .far_field()"
             )
+        if self.eps is not None and self.kind != "paper":
+            raise ValueError(f"eps: expected None for kind {self.kind!r}, got {self.eps!r}")
+        if self.budget is not None and self.kind != "far-field":
+            raise ValueError(f"budget: expected None for kind {self.kind!r}, got {self.budget!r}")
         if self.kind == "paper" and not (
             isinstance(self.eps, (int, float)) and 0 <= self.eps < math.inf
         ):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, cast, overload
 
+import torch
 from torch import Tensor, nn
 
 from cce_tp.arguments import prepare
@@ -160,6 +161,7 @@ def linear_cross_entropy(
         operands.target,
         operands.grad_weight_out,
         options,
+        torch.is_grad_enabled(),
         *anchors(options.compute_dtype, operands.input, operands.weight, operands.bias),
     )
     if settings.reduction == "none":

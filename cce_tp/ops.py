@@ -104,7 +104,8 @@ class _MemoryHint:
         raise torch.OutOfMemoryError(
             f"workspace_bytes: expected memory for the loss's workspace, got none at {now}; a "
             "lower workspace_bytes (Megatron: --cce-workspace-mb; launch.pretrain: "
-            f"cce.workspace_mb) takes less, and longer; 16 MiB are enough. {error}"
+            f"cce.workspace_mb) takes less, and longer; 16 MiB are enough for GradFilter.exact(). "
+            f"{error}"
         ) from error
 
 

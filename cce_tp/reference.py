@@ -237,7 +237,9 @@ def plan_targets(
     tile = torch.where(here, far.place // TILE_V, -1)
     kept = here & (far.kept[tile.clamp(min=0)] != 0)
     column = torch.where(kept, slot[tile.clamp(min=0)] * TILE_V + far.place % TILE_V, -1)
-    row = torch.where(here & ~kept, logits.target - logits.first_id, -1)
+    # A token without a gradient adds nothing to its target's row, which may have many such.
+    far_target = here & ~kept & (upstream.grad != 0)
+    row = torch.where(far_target, logits.target - logits.first_id, -1)
     factor = upstream.grad * (-upstream.onehot_weight * logits.logit_scale)
     if logits.logit_softcap is not None:
         factor = factor * (1 - (far.target_logit / logits.logit_softcap) ** 2)
@@ -299,12 +301,15 @@ def tile_masses(
     """As `kernels.far_field.tile_masses`."""
     vocab, num_tiles = logits.weight.shape[0], tiles.shape[0]
     scale_TN = ((tiles[:, 0] - normaliser_2N[0]) - normaliser_2N[1]).exp()
-    counted_TN = torch.where(target_N == ignore_index, 0.0, tiles[:, 1] * scale_TN)
+    ignored_N = target_N == ignore_index
+    counted_TN = torch.where(ignored_N, 0.0, tiles[:, 1] * scale_TN)
     deviation_TN = 2 * counted_TN
     if budget > 0:
         count_T = (vocab - TILE_V * torch.arange(num_tiles, device=tiles.device)).clamp(max=TILE_V)
-        spread_TN = count_T[:, None] * tiles[:, 2] * scale_TN**2 - counted_TN**2
-        deviation_TN = torch.minimum(spread_TN.clamp(min=0).sqrt(), deviation_TN)
+        # Scaled after the root: the square of a small scale would be 0.
+        spread_TN = (count_T[:, None] * tiles[:, 2] - tiles[:, 1] ** 2).clamp(min=0).sqrt()
+        deviation_TN = torch.minimum(spread_TN * scale_TN, deviation_TN)
+        deviation_TN = torch.where(ignored_N, 0.0, deviation_TN)
     largest_T, total_T = counted_TN.amax(dim=1), counted_TN.sum(dim=1)
     deviation_T = deviation_TN.sum(dim=1)
     # The smallest first; of equals the later one.
@@ -313,12 +318,14 @@ def tile_masses(
     left_T[ascending] = deviation_T[ascending].cumsum(dim=0)
     kept = ~((left_T <= budget * total_T.sum()) & (largest_T <= LARGEST_FAR_MASS))
     kept[-1] |= vocab % TILE_V != 0
-    kept[0] |= total_T.sum() == 0
+    kept[0] = True  # never none: the first holds the likeliest rows
     dtype = mass_dtype(logits.input.dtype)
     slope = tiles[:, 4] if slopes else tiles[:0, 4]
     mass = tiles[:, 3] * scale_TN
     totals = torch.stack([total_T, deviation_T]).float()
-    return TileMasses(mass.to(dtype), slope.to(dtype), totals, kept.to(torch.int32))
+    # A tensor of its own, not a part of `tiles`, which would live as long.
+    slope = torch.empty_like(slope, dtype=dtype, memory_format=torch.contiguous_format).copy_(slope)
+    return TileMasses(mass.to(dtype), slope, totals, kept.to(torch.int32))
 
 
 def far_gradient(

@@ -204,6 +204,8 @@ def test_mixed_dtypes_are_fine_under_autocast() -> None:
         pytest.param(lambda: cce_tp.GradFilter.paper(eps=-1.0), "eps", id="eps-negative"),
         pytest.param(lambda: cce_tp.GradFilter.paper(eps=float("nan")), "eps", id="eps-nan"),
         pytest.param(lambda: cce_tp.GradFilter.far_field(budget=1.0), "budget", id="budget-one"),
+        pytest.param(lambda: cce_tp.GradFilter("exact", budget=0.1), "budget", id="budget-exact"),
+        pytest.param(lambda: cce_tp.GradFilter("exact", eps=0.1), "eps", id="eps-exact"),
         pytest.param(lambda: cce_tp.VocabShard(5, 4, 10), "start", id="start-after-stop"),
         pytest.param(lambda: cce_tp.VocabShard(-1, 4, 10), "start", id="start-negative"),
         pytest.param(lambda: cce_tp.VocabShard(0, 11, 10), "stop", id="stop-too-large"),

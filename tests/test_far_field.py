@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import cce_tp
-from cce_tp import backward
+from cce_tp import backward, far_field
 from cce_tp.backend import backend
 from cce_tp.workspace import (
     BackwardSizes,
@@ -340,14 +340,78 @@ def test_what_is_not_finite_shows(impl: str, where: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 def test_without_gradients_nothing_is_sorted(impl: str) -> None:
     operands = trained(impl)
-    with torch.no_grad():
+    weight = operands.weight.requires_grad_()  # as a parameter is, in evaluation too
+    with torch.no_grad(), mock.patch.object(far_field, "sorted_statistics") as ordered:
         losses = [
-            cce_tp.linear_cross_entropy(
-                operands.input, operands.weight, operands.target, impl=impl, **more
-            )
+            cce_tp.linear_cross_entropy(operands.input, weight, operands.target, impl=impl, **more)
             for more in ({}, far())
         ]
-    assert same_bits(losses[0], losses[1])
+    assert not ordered.called and same_bits(losses[0], losses[1])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("scale", [0.0, 1e-4], ids=["zero", "tiny"])
+def test_a_head_that_says_nothing_yet(impl: str, scale: float) -> None:
+    """Every tile could be left: one is kept all the same."""
+    tile = backend(impl).tile_rows(torch.empty(0, device=DEVICE))
+    vocab, random = 72 * tile, torch.Generator().manual_seed(0)
+    weight = scale * torch.randn(vocab, 8, generator=random)
+    operands = Operands(
+        input=torch.randn(20, 8, generator=random).to(DEVICE),
+        weight=weight.to(DEVICE),
+        bias=None,
+        target=torch.randint(0, vocab, (20,), generator=random).to(DEVICE),
+        upstream=torch.ones(20, device=DEVICE),
+    )
+    outcome, stats = call_with_stats(operands, {**OPTIONS["plain"], **far(), "impl": impl})
+    assert stats.tiles_kept is not None and 0 < float(stats.tiles_kept) < 0.5
+    expected = dense(operands, OPTIONS["plain"])
+    assert relative_error(outcome.grad_weight, expected.grad_weight) < 1e-3
+    assert outcome.grad_input is not None and expected.grad_input is not None
+    assert float((outcome.grad_input - expected.grad_input).abs().max()) <= 2e-3 * scale
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_an_unlikely_shard_is_as_uneven_as_any(pool: RankPool, impl: str) -> None:
+    """60 nats below the other shard: its masses are tiny, but not even."""
+    answers = pool.run(unlikely_shard, impl, ranks=2)
+    for outcome, stats in answers:
+        assert outcome.grad_weight is not None and bool(outcome.grad_weight.isfinite().all())
+        assert same_bits(outcome.grad_input, answers[0][0].grad_input)
+        assert stats.far_deviation is not None and 0 <= float(stats.far_deviation) <= BUDGET
+
+
+def unlikely_shard(rank: Rank, impl: str) -> tuple[Outcome, cce_tp.LossStats]:
+    tile = backend(impl).tile_rows(torch.empty(0, device=rank.device))
+    whole = trained(impl, device=rank.device)
+    rows = 2 * tile
+    bias = whole.bias[:rows] - 60.0 * rank.rank
+    shard = cce_tp.VocabShard(rank.rank * rows, (rank.rank + 1) * rows, 2 * rows, rank.group)
+    target = torch.where(whole.target >= 0, whole.target % (2 * rows), whole.target)
+    operands = replace(whole, weight=whole.weight[:rows], bias=bias, target=target)
+    return call_with_stats(
+        operands, {**OPTIONS["plain"], **far(), "impl": impl, "vocab_shard": shard}
+    )
+
+
+def test_compiled_with_slopes() -> None:
+    """Fake and real tensors agree in strides too."""
+    operands = trained("torch", tokens=9)
+    options = {**OPTIONS["everything"], **far(), "impl": "torch"}
+    call_compiled = torch.compile(
+        lambda e, c, t: cce_tp.linear_cross_entropy(e, c, t, **options).sum(), backend="inductor"
+    )
+    grads = []
+    for function in (
+        lambda e, c, t: cce_tp.linear_cross_entropy(e, c, t, **options).sum(),
+        call_compiled,
+    ):
+        input = operands.input.clone().requires_grad_()
+        weight = operands.weight.clone().requires_grad_()
+        loss = function(input, weight, operands.target)
+        grads.append(torch.autograd.grad(loss, (input, weight)))
+    for got, wanted in zip(*grads, strict=True):
+        assert relative_error(got, wanted) < 1e-6
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -142,12 +142,13 @@ def plan_targets_kernel(
     kept = here & (tl.load(kept_ptr + tile, mask=here, other=0) != 0)
     slot = tl.load(slot_ptr + tile, mask=here, other=0).to(tl.int64)
     tl.store(column_ptr + rows, tl.where(kept, slot * TILE + place % TILE, -1), mask=inside)
-    far = here & (kept == 0)
+    grad = tl.load(grad_ptr + rows, mask=inside, other=0.0)
+    # A token without a gradient adds nothing to its target's row, which may have many such.
+    far = here & (kept == 0) & (grad != 0.0)
     row = tl.load(target_ptr + rows, mask=inside, other=-1) - first_id
     tl.store(row_ptr + rows, tl.where(far, row, -1), mask=inside)
     tl.store(tile_ptr + rows, tl.where(here, tile, -1), mask=inside)
     tl.store(is_target_ptr + row, tl.full((BLOCK_N,), 1, dtype=tl.uint8), mask=far)
-    grad = tl.load(grad_ptr + rows, mask=inside, other=0.0)
     factor = grad * weight
     if HAS_SOFTCAP:
         capped = tl.load(target_logit_ptr + rows, mask=inside, other=0.0) / logit_softcap
@@ -225,15 +226,17 @@ def tile_mass_kernel(
         log_sum = tl.load(normaliser_ptr + N + rows, mask=inside, other=0.0)
         target = tl.load(target_ptr + rows, mask=inside, other=0)
         scale = tl.exp2((max_x - max_all) * LOG2E - log_sum * LOG2E)
-        mass = tl.where(inside & (target != ignore_index), sum_exp * scale, 0.0)
+        counts = inside & (target != ignore_index)
+        mass = tl.where(counts, sum_exp * scale, 0.0)
         # NaN reaches the total, which keeps everything.
         largest = tl.maximum(largest, mass)
         total += mass
         if STRICT:
             deviation += 2.0 * mass
         else:
-            spread = tl.maximum(count * squares * scale * scale - mass * mass, 0.0)
-            deviation += tl.minimum(tl.sqrt(spread), 2.0 * mass)
+            # Scaled after the root: the square of a small scale would be 0.
+            spread = tl.sqrt(tl.maximum(count * squares - sum_exp * sum_exp, 0.0)) * scale
+            deviation += tl.where(counts, tl.minimum(spread, 2.0 * mass), 0.0)
         if CAPPED:
             sum_exp = tl.load(part + (ROWS - 2) * N + rows, mask=inside, other=0.0)
         out = tile.to(tl.int64) * N + rows
@@ -277,8 +280,7 @@ def select_tiles_kernel(
     kept = tl.where(fits, 0, 1)
     if RAGGED:  # so that the number of rows kept follows from the number of tiles
         kept = tl.where(mine == T - 1, 1, kept)
-    # Never none: where nothing has any mass, the first.
-    kept = tl.where(mine == 0, tl.maximum(kept, tl.where(whole_mass == 0.0, 1, 0)), kept)
+    kept = tl.where(mine == 0, 1, kept)  # never none: the first holds the likeliest rows
     tl.store(kept_ptr + mine, kept, mask=mine < T)
 
 
