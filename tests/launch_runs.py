@@ -13,6 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
+def python_path(*more: Path) -> str:
+    """PYTHONPATH of a child: the checkout, `more`, and what this process was given."""
+    given = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([str(path) for path in (ROOT, *more)] + ([given] if given else []))
+
+
 def torchrun(ranks: int, *command: str, timeout_s: float = 150.0, **env: str) -> str:
     """Run `python -m torch.distributed.run ... command`; returns stdout and stderr together.
 
@@ -20,7 +26,7 @@ def torchrun(ranks: int, *command: str, timeout_s: float = 150.0, **env: str) ->
         AssertionError: with the end of the output, if it fails or takes too long.
     """
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **env}
+    more = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": python_path(), **env}
     return run_to_end(
         [*launcher, "--standalone", *command], {**os.environ, **more}, timeout_s=timeout_s
     )

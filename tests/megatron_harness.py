@@ -86,9 +86,17 @@ _layouts: dict[tuple[int | None, ...], dict[str, Any]] = {}
 
 @contextlib.contextmanager
 def model_parallel(
-    tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, vpp: int | None = None
+    tp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    ep: int = 1,
+    vpp: int | None = None,
+    graphs: bool = False,
 ) -> Iterator[None]:
-    """Megatron's process groups and generators, for the time of one job."""
+    """Megatron's process groups and generators, for the time of one job.
+
+    graphs: generators whose states can be exchanged while a CUDA graph is captured.
+    """
     prepare()
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -110,7 +118,7 @@ def model_parallel(
             name: value for name, value in vars(parallel_state).items() if name.isupper()
         }
     try:
-        model_parallel_cuda_manual_seed(7)
+        model_parallel_cuda_manual_seed(7, use_cudagraphable_rng=graphs, force_reset_rng=True)
         yield
     finally:
         parallel_state.destroy_model_parallel()

@@ -10,7 +10,7 @@ import pytest
 
 from launch import compare
 from launch.compare import Attempt
-from launch_runs import ROOT
+from launch_runs import ROOT, python_path
 
 pytestmark = pytest.mark.no_poison
 
@@ -69,7 +69,7 @@ def test_one_attempt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", python_path())
     flags = ["--config", "configs/tiny_cpu.yaml", "--losses", "cce", "--steps", "2"]
     flags += ["--micro-batch", "1", "--out", str(tmp_path / "rows.jsonl")]
     assert compare.main([*flags, "megatron.tensor_model_parallel_size=1"]) == 0

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cce_tp.kernels import launch
+from launch_runs import python_path
 
 # Compute capability -> shared memory that one block may take, in KiB.
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -26,8 +27,7 @@ TIMEOUT_S = 280
 def _output(*arguments: str, **more: str) -> str:
     """In a process of its own: this one may have Triton's interpreter in place of its compiler."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    paths = [str(SCRIPT.parent.parent), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    environment["PYTHONPATH"] = python_path()
     done = subprocess.run(
         [sys.executable, str(SCRIPT), *arguments],
         env={**environment, **more},

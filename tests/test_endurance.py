@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import endurance
-from launch_runs import ROOT, run_to_end
+from launch_runs import ROOT, python_path, run_to_end
 from test_topology import environment
 
 pytestmark = pytest.mark.no_poison
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.no_poison
 
 def run(*arguments: str) -> str:
     command = [sys.executable, str(ROOT / "tests" / "endurance.py"), *arguments]
-    return run_to_end(command, environment(PYTHONPATH=str(ROOT)), timeout_s=200)
+    return run_to_end(command, environment(PYTHONPATH=python_path()), timeout_s=200)
 
 
 @pytest.mark.timeout(250)

@@ -15,7 +15,7 @@ import pytest
 
 import fault_runs
 from fault_runs import ITERATIONS, SMALL, losses
-from launch_runs import ROOT, run_to_end, torchrun
+from launch_runs import ROOT, python_path, run_to_end, torchrun
 
 pytestmark = pytest.mark.no_poison
 KILL_AT = 5
@@ -59,7 +59,7 @@ def test_a_rank_killed_in_mid_step(tmp_path: Path, answers: list[dict[str, Any]]
     environment = {
         **os.environ,
         "PYTHON": sys.executable,
-        "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+        "PYTHONPATH": python_path(ROOT / "tests"),
         "CUDA_VISIBLE_DEVICES": "",
         "ENTRY": "fault_runs",
         "NPROC_PER_NODE": "2",

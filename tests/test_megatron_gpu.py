@@ -146,7 +146,7 @@ def test_memory_of_the_head(gpu_pool: ranks.RankPool, tp: int) -> None:
 
 def _graph(rank: Any, tied: bool) -> list[str] | None:
     """Capture one iteration, replay it on another batch, and do the same without a graph."""
-    with model_parallel(tp=1):
+    with model_parallel(tp=1, graphs=True):
         if rank.rank != 0:
             return None
         case = Case(
@@ -246,7 +246,8 @@ def test_two_ranks_on_one_gpu_train_as_one(tmp_path: Path) -> None:
 ARGUMENTS = """
 --num-layers 4 --hidden-size 512 --num-attention-heads 8 --seq-length 512
 --max-position-embeddings 512 --micro-batch-size 4 --global-batch-size 8 --train-iters 50
---lr 1e-3 --min-lr 1e-4 --mock-data --tokenizer-type NullTokenizer --vocab-size 32767
+--lr 1e-4 --min-lr 1e-5 --clip-grad 1.0 --mock-data --tokenizer-type NullTokenizer
+--vocab-size 32767
 --transformer-impl local --bf16 --attention-backend unfused --no-gradient-accumulation-fusion
 --no-masked-softmax-fusion --no-persist-layer-norm --no-rope-fusion --hidden-dropout 0
 --attention-dropout 0 --log-interval 1 --eval-iters 0 --num-workers 0 --split 1,0,0

@@ -10,9 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from launch_runs import python_path
 
 SANITIZER = shutil.which("compute-sanitizer")
 
@@ -58,9 +59,7 @@ print(f"all kernels ran: {len(cases)} cases")
 def test_checker_is_clean(tool: str) -> None:
     """Each tensor has an allocation of its own, so that a neighbour cannot hide a stray access."""
     assert SANITIZER is not None
-    root = str(Path(__file__).parent.parent)
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": path}
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "PYTHONPATH": python_path()}
     done = subprocess.run(
         [SANITIZER, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", PROGRAM],
         env=environment,
