@@ -68,6 +68,8 @@ class Backend(Protocol):
         """Vocabulary rows of a tile, for operands like this one."""
         ...
 
+    def probes(self, input: Tensor, step: int) -> Tensor: ...
+
     def mass_key(
         self, sampled: Tensor, bias: Tensor | None, logit_scale: float, out: Tensor
     ) -> None: ...
@@ -125,6 +127,7 @@ class Backend(Protocol):
         input: Tensor,
         out: Tensor | None,
         bias: Tensor | None,
+        rows: tuple[int, int],
         *,
         accumulate: bool,
     ) -> None: ...
@@ -144,6 +147,7 @@ class _TritonBackend:
         self.grad_kept = backward.grad_kept
         self.sparse_product = backward.sparse_product
         self.tile_rows = far_field.tile_rows
+        self.probes = far_field.probes
         self.mass_key = far_field.mass_key
         self.target_places = far_field.target_places
         self.kept_rows = far_field.kept_rows
@@ -167,6 +171,7 @@ class _TorchBackend:
         self.grad_logits = reference.grad_logits
         self.grad_kept = reference.grad_kept
         self.tile_rows = reference.tile_rows
+        self.probes = reference.probes
         self.mass_key = reference.mass_key
         self.target_places = reference.target_places
         self.kept_rows = reference.kept_rows

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cce_tp import far_field
 from cce_tp.backend import Backend
-from cce_tp.far_field import FarBackward, FarField
+from cce_tp.far_field import FarBackward, FarField, KeptRows
 from cce_tp.filtering import BYTES_PER_ORDERED_ROW, vocabulary_order
 from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient, statistics_dtype
 from cce_tp.products import InputSum, add_product, copies_operands
@@ -71,17 +71,10 @@ class _Loan:
 
     Those of the listed rows that lie there are held elsewhere until the walk is done."""
 
-    def __init__(self, backend: Backend, grad_weight: Tensor, rows: Tensor, late: int) -> None:
-        self._backend, self._out = backend, grad_weight
+    def __init__(self, backend: Backend, grad_weight: Tensor, kept: KeptRows) -> None:
+        self._backend, self._out, self._kept = backend, grad_weight, kept
         self._first = far_field.first_late_row(grad_weight.shape[0])
-        is_late = rows >= self._first
-        slot = torch.cumsum(is_late, dim=0) - 1
-        self._direct = torch.where(is_late, -1, rows)
-        self._slot = torch.where(is_late, slot, -1)
-        home = rows.new_full((late + 1,), -1)  # the last entry takes what is not late
-        home.scatter_(0, torch.where(is_late, slot, late), rows)
-        self._home = home[:late]
-        self._held = grad_weight.new_empty(late, grad_weight.shape[1])
+        self._held = grad_weight.new_empty(kept.home.shape[0], grad_weight.shape[1])
 
     def buffer(self, columns: int, tokens: int, dtype: torch.dtype) -> Tensor:
         """(columns, padded tokens) in the lent rows."""
@@ -93,12 +86,12 @@ class _Loan:
         """Listed rows from `start` on = value."""
         stop = start + value.shape[0]
         scatter = self._backend.scatter_rows
-        scatter(self._out, self._direct[start:stop], value, accumulate=False)
-        scatter(self._held, self._slot[start:stop], value, accumulate=False)
+        scatter(self._out, self._kept.direct[start:stop], value, accumulate=False)
+        scatter(self._held, self._kept.held[start:stop], value, accumulate=False)
 
     def settle(self) -> None:
         """Put the held rows where they belong."""
-        self._backend.scatter_rows(self._out, self._home, self._held, accumulate=False)
+        self._backend.scatter_rows(self._out, self._kept.home, self._held, accumulate=False)
 
 
 class _Columns:
@@ -168,13 +161,14 @@ class _BackwardPass:
                 logits,
                 self.upstream,
                 self.unscale,
-                weight=sinks.weight is not None,
+                weight=sinks.weight,
+                accumulate=sinks.accumulate_weight,
                 bias=sinks.bias is not None,
             )
             self.far = far if far.walks else None
         if self.far is not None:
             self.far_bytes = self.far.nbytes
-            self.columns = _Columns(logits, self.far.rows, self.far.column)
+            self.columns = _Columns(logits, self.far.kept.rows, self.far.column)
         elif eps is not None:
             self.columns = _Columns.ordered(logits)
         else:
@@ -189,11 +183,12 @@ class _BackwardPass:
         sizes = self._sizes()
         self._walk(sizes, workspace_bytes)
         if self.far is not None:
-            accumulate = self.sinks.accumulate_weight
-            self.far.write_weight(self.sinks.weight, self.sinks.bias, accumulate=accumulate)
+            self.far.finish_weight(self.sinks.bias)
 
     def _walk(self, sizes: BackwardSizes, workspace_bytes: int) -> None:
-        for walk in plan_backward(sizes, workspace_bytes):
+        # Planned afresh while the device waits, if the sizes were new in every call.
+        similar = sizes.rounded() if self.far is not None else sizes
+        for walk in plan_backward(similar, workspace_bytes):
             if isinstance(walk, TokenWalk):
                 self._token_walk(walk, sizes)
             elif isinstance(walk, WholeWalk):
@@ -221,8 +216,7 @@ class _BackwardPass:
                 elif self.far is not None:
                     rows = dC.shape[0] - far_field.first_late_row(dC.shape[0])
                     loan_columns = max(0, rows * hidden * dC.itemsize - ALIGNMENT) // gradient_row
-                    # What is held, and the lists that say which rows those are.
-                    loan_bytes = self.far.late * hidden * dC.itemsize + 48 * vocab
+                    loan_bytes = self.far.kept.home.shape[0] * hidden * dC.itemsize
         sums_apart = dE is not None and dE.dtype != self.sum_dtype
         sum_row = hidden * wide * (sums_apart + copies)
         return BackwardSizes(
@@ -276,7 +270,7 @@ class _BackwardPass:
         num_tokens, vocab = self.logits.shape[0], self.columns.count
         loan = None
         if walk.loan and grad_weight is not None and self.far is not None:
-            loan = _Loan(self.backend, grad_weight, self.far.rows, self.far.late)
+            loan = _Loan(self.backend, grad_weight, self.far.kept)
             buffer = loan.buffer(walk.strip, num_tokens, self.logits.input.dtype)
         else:
             buffer = self._buffer(walk.strip, walk.chunk)

@@ -12,6 +12,7 @@ Legend: N tokens, V vocabulary rows of this rank, D hidden size, B rows per tile
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -98,6 +99,7 @@ def mass_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype.itemsize == 2 else dtype
 
 
+@functools.lru_cache(maxsize=256)
 def rows_per_gather(
     available: int, row_bytes: int, tile: int, vocab: int, token_blocks: int, programs: int
 ) -> int:
@@ -187,9 +189,7 @@ def _mass_order(backend: Backend, logits: LocalLogits, workspace_bytes: int) -> 
     """
     input, weight = logits.input, logits.weight
     num_tokens, vocab = input.shape[0], weight.shape[0]
-    # A product with a constant vector, not mean(): that takes a buffer as large as input on CUDA.
-    average = torch.mv(input.t(), input.new_full((num_tokens,), 1 / num_tokens))
-    probes = torch.cat([average[None], input[:: -(-num_tokens // _SAMPLED_TOKENS)]])
+    probes = backend.probes(input, -(-num_tokens // _SAMPLED_TOKENS))
     dtype = statistics_dtype(input.dtype)
     key_V = torch.empty(vocab, dtype=dtype, device=weight.device)
     row = dtype.itemsize * (2 * len(probes) + copies_operands(weight) * weight.shape[1])
@@ -231,15 +231,29 @@ def empty(logits: LocalLogits, tile: int, *, slopes: bool) -> list[Tensor]:
 class KeptRows(NamedTuple):
     """The rows of the kept tiles, in sorted order, on the device.
 
+    Rows from `first_late_row` on are late. Of the lists only as many entries are filled as there
+    are rows (or late ones) to fill them with.
+
     Attributes:
-        rows: (V,) int64 local rows; only as many as are kept are filled.
+        rows: (V,) int64 local rows.
         slot: (T,) int32 number of a kept tile among them; of others anything.
         flags: (2, T) int32: 1 for a kept tile, and how many of its rows are late; 0 for others.
+        direct: (V,) int64 `rows`, but -1 for late ones.
+        held: (V,) int64 a late row's number among the late ones, -1 for others.
+        home: (V - first late row,) int64 the late rows.
     """
 
     rows: Tensor
     slot: Tensor
     flags: Tensor
+    direct: Tensor
+    held: Tensor
+    home: Tensor
+
+    def first(self, count: int, late: int) -> KeptRows:
+        """With lists of `count` rows, of which `late` are late."""
+        rows, direct, held = (each[:count] for each in (self.rows, self.direct, self.held))
+        return self._replace(rows=rows, direct=direct, held=held, home=self.home[:late])
 
 
 class TargetPlan(NamedTuple):
@@ -270,7 +284,7 @@ class FarGradient:
         weight: (T, D) fp32 far part of dC summed over the rows of each tile; zeros if kept; or
             None where dC is not wanted.
         targets: of the tokens, with factors as dC needs them.
-        sorted_rows: (N,) int64 `targets.row`, ascending.
+        sorted_rows: (N,) int32 `targets.row`, ascending.
         sorted_tokens: (N,) int64 the token of each entry.
     """
 
@@ -292,9 +306,8 @@ class FarBackward:
     Attributes:
         walks: whether rows are walked at all; if so much is kept that the exact pass is as good,
             nothing else here is of use.
-        rows: (K,) int64 local rows of the kept tiles, in sorted order.
+        kept: the K rows of the kept tiles, in sorted order.
         column: (N,) int64 the target's place among them, or -1.
-        late: how many of the rows are at `first_late_row` or after it.
         nbytes: of all that lives during the whole pass, beside its strips.
     """
 
@@ -306,14 +319,18 @@ class FarBackward:
         upstream: LogitGradient,
         unscale: Tensor | None,
         *,
-        weight: bool,
+        weight: Tensor | None,
+        accumulate: bool,
         bias: bool,
     ) -> None:
         """
         Args:
-            weight, bias: which of dC and the bias gradient are wanted.
+            weight: dC, (V, D), or None if it is not wanted.
+            accumulate: add to `weight`.
+            bias: whether the bias gradient is wanted.
         """
         self._backend, self._far, self._logits, self._unscale = backend, far, logits, unscale
+        self._weight, self._accumulate = weight, accumulate
         self._tile = tile = backend.tile_rows(logits.input)
         vocab = logits.weight.shape[0]
         kept = backend.kept_rows(far.kept, far.order, tile, first_late_row(vocab))
@@ -321,15 +338,20 @@ class FarBackward:
         self._targets = backend.plan_targets(far, kept.slot, upstream, logits)
         self.column = self._targets.column
         self._summed = backend.far_gradient(far.masses, upstream, logits, logits.input.dtype)
-        self._gradient = self._far_gradient(weight) if weight or bias else None
+        self._gradient = None
+        if weight is not None or bias:
+            self._gradient = self._far_gradient(weight is not None)
+        # Nobody reads these rows before all of dC is written, whichever way.
+        self._written = 0
+        if not accumulate:
+            self._write_weight(first_late_row(vocab))
         kept_tiles, late_rows = flags.wait().tolist()
-        num_tiles, self.late = len(kept_tiles), sum(late_rows)
         # The last tile is kept if it is not full.
-        count = sum(kept_tiles) * tile - (num_tiles * tile - vocab)
+        count = sum(kept_tiles) * tile - (len(kept_tiles) * tile - vocab)
         self.walks = count <= _MOSTLY * vocab
-        self.rows = kept.rows[:count]
+        self.kept = kept.first(count, sum(late_rows))
         made = 0 if self._gradient is None else _nbytes(self._gradient.weight)
-        self.nbytes = far.nbytes + self._summed.nbytes + made + 9 * vocab
+        self.nbytes = far.nbytes + self._summed.nbytes + made + 27 * vocab
 
     def _far_gradient(self, wants_weight: bool) -> FarGradient:
         far, input = self._far, self._logits.input
@@ -343,7 +365,8 @@ class FarBackward:
             targets = targets._replace(factor=targets.factor * self._unscale)
             if weight is not None:
                 weight *= self._unscale
-        sorted_rows, sorted_tokens = torch.sort(targets.row, stable=True)
+        # Half as many bits, half as many passes.
+        sorted_rows, sorted_tokens = torch.sort(targets.row.int(), stable=True)
         return FarGradient(
             tile=self._tile,
             order=far.order,
@@ -365,18 +388,30 @@ class FarBackward:
         rows, factors = self._targets.row[n0:n1], self._targets.factor[n0:n1]
         self._backend.add_target_rows(out, self._logits.weight, rows, factors)
 
-    def write_weight(self, out: Tensor | None, bias: Tensor | None, *, accumulate: bool) -> None:
-        """Rows of dC (overwritten, or added to) and of the bias gradient that are not walked."""
-        if self._gradient is None:
-            return
+    def finish_weight(self, bias: Tensor | None) -> None:
+        """The rows of dC and of the bias gradient that are not walked, as far as not written yet.
+
+        Args:
+            bias: (V,) fp32, added to, or None."""
+        self._write_weight(self._logits.weight.shape[0])
         if bias is not None:
             self._add_bias(bias)
-        self._backend.write_far_rows(
-            self._gradient, self._logits.input, out, bias, accumulate=accumulate
-        )
+
+    def _write_weight(self, stop: int) -> None:
+        """The rows of dC before `stop` that are not written yet."""
+        if self._gradient is not None and self._weight is not None:
+            self._backend.write_far_rows(
+                self._gradient,
+                self._logits.input,
+                self._weight,
+                None,
+                (self._written, stop),
+                accumulate=self._accumulate,
+            )
+        self._written = stop
 
     def _add_bias(self, bias: Tensor) -> None:
-        """Each tile's gradient, evenly over its rows."""
+        """Each tile's gradient, evenly over its rows, and the targets'."""
         num_tiles, vocab = self._far.kept.shape[0], bias.shape[0]
         per_tile = self._summed.sum(dim=1, dtype=bias.dtype)
         if self._unscale is not None:
@@ -385,6 +420,10 @@ class FarBackward:
         share = per_tile / rows_left.clamp(max=self._tile)
         spread = share.repeat_interleave(self._tile, output_size=num_tiles * self._tile)[:vocab]
         bias.index_add_(0, self._far.order, spread)  # a permutation: no two meet
+        assert self._gradient is not None
+        self._backend.write_far_rows(
+            self._gradient, self._logits.input, None, bias, (0, vocab), accumulate=True
+        )
 
 
 class _HostCopy:

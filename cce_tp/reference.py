@@ -195,6 +195,13 @@ def tile_rows(like: Tensor) -> int:
     return TILE_V
 
 
+def probes(input: Tensor, step: int) -> Tensor:
+    """As `kernels.far_field.probes`."""
+    # A product with a constant vector, not mean(): that takes a buffer as large as input on CUDA.
+    average = torch.mv(input.t(), input.new_full(input.shape[:1], 1 / input.shape[0]))
+    return torch.cat([average[None], input[::step]])
+
+
 def mass_key(sampled: Tensor, bias: Tensor | None, logit_scale: float, out: Tensor) -> None:
     """As `kernels.far_field.mass_key`."""
     average, others = sampled[0] * logit_scale, sampled[1:] - sampled[0]
@@ -222,11 +229,13 @@ def kept_rows(kept: Tensor, order: Tensor, tile: int, first_late: int) -> KeptRo
     by_tile = by_tile.view(-1, tile)
     filled = torch.arange(by_tile.numel(), device=order.device).view(-1, tile) < order.shape[0]
     late = ((by_tile >= first_late) & filled).sum(dim=1, dtype=torch.int32)
-    rows = torch.empty(by_tile.numel(), dtype=torch.int64, device=order.device)
-    chosen = by_tile[kept != 0].view(-1)
-    rows[: len(chosen)] = chosen
+    chosen = torch.where(filled, by_tile, -1)[kept != 0].view(-1)
+    is_late = chosen >= first_late
+    direct = torch.where(is_late, -1, chosen)
+    held = torch.where(is_late, torch.cumsum(is_late, dim=0) - 1, -1)
     slot = (torch.cumsum(kept, dim=0) - 1).to(torch.int32)
-    return KeptRows(rows, slot, torch.stack([kept, late * kept]))
+    flags = torch.stack([kept, late * kept])
+    return KeptRows(chosen, slot, flags, direct, held, chosen[is_late])
 
 
 def plan_targets(
@@ -360,21 +369,30 @@ def add_target_rows(out: Tensor, weight: Tensor, rows: Tensor, factors: Tensor) 
 
 
 def write_far_rows(
-    far: FarGradient, input: Tensor, out: Tensor | None, bias: Tensor | None, *, accumulate: bool
+    far: FarGradient,
+    input: Tensor,
+    out: Tensor | None,
+    bias: Tensor | None,
+    rows: tuple[int, int],
+    *,
+    accumulate: bool,
 ) -> None:
     """As `kernels.far_field.write_far_rows`."""
-    vocab = far.order.shape[0]
-    tokens = far.sorted_tokens[far.sorted_rows >= 0]
-    rows = far.sorted_rows[far.sorted_rows >= 0]
+    vocab, (start, stop) = far.order.shape[0], rows
+    mine = (far.sorted_rows >= start) & (far.sorted_rows < stop)
+    tokens, targets = far.sorted_tokens[mine], far.sorted_rows[mine]
     if bias is not None:
-        bias.index_add_(0, rows, far.targets.factor[tokens].to(bias.dtype))
+        bias.index_add_(0, targets, far.targets.factor[tokens].to(bias.dtype))
     if out is None or far.weight is None:
         return
     for tile in (far.kept == 0).nonzero().view(-1).tolist():
         ids = far.order[tile * far.tile : (tile + 1) * far.tile]
+        ids = ids[(ids >= start) & (ids < stop)]
+        if len(ids) == 0:
+            continue
         total = (far.weight[tile] / min(far.tile, vocab - tile * far.tile)).repeat(len(ids), 1)
         inside = far.targets.tile[tokens] == tile
-        place = (rows[inside, None] == ids).to(torch.uint8).argmax(dim=1)
+        place = (targets[inside, None] == ids).to(torch.uint8).argmax(dim=1)
         value = far.targets.factor[tokens[inside], None] * input[tokens[inside]].to(total.dtype)
         total.index_add_(0, place, value)
         if accumulate:

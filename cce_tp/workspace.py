@@ -35,6 +35,8 @@ _TOKEN_STEP = 128
 _WIDEST_BUFFER = 32768
 # Where dC lends its memory, the buffer is for the last strips only: this many columns.
 _LAST_STRIPS = 2048
+# Numbers of rows kept by a filter that are walked alike.
+_SIMILAR_ROWS = 1024
 # Starts of lent rectangles are aligned for the tensor memory accelerator.
 ALIGNMENT = 128
 # Vectors of one number per token (statistics, losses, their intermediate values) that live beside
@@ -116,6 +118,11 @@ class BackwardSizes:
         if self.sequential:
             return max(self.strip_row, self.weight_row)
         return self.strip_row + self.weight_row
+
+    def rounded(self) -> BackwardSizes:
+        """A little larger: one plan for many calls whose sizes depend on the data."""
+        vocab = -(-self.vocab // _SIMILAR_ROWS) * _SIMILAR_ROWS
+        return replace(self, vocab=vocab, loan_bytes=-(-self.loan_bytes // MIB) * MIB)
 
     @property
     def gemm(self) -> int:

@@ -37,6 +37,37 @@ _BLOCK_T = 128
 
 
 @triton.jit
+def probes_kernel(
+    input_ptr,
+    out_ptr,
+    N,
+    D,
+    P,
+    step,
+    stride_input,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """out (P, D): the average of input's (N, D) rows, then its rows 0, step, 2 step, ..."""
+    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = cols < D
+    total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    for start in range(0, N, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        at = rows[:, None].to(tl.int64) * stride_input + cols[None, :]
+        mask = (rows < N)[:, None] & inside[None, :]
+        total += tl.load(input_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    average = tl.sum(total, axis=0) / N
+    tl.store(out_ptr + cols, average.to(out_ptr.dtype.element_ty), mask=inside)
+    probes = 1 + tl.arange(0, BLOCK_P)
+    at = (probes[:, None] - 1).to(tl.int64) * step * stride_input + cols[None, :]
+    mask = (probes < P)[:, None] & inside[None, :]
+    sampled = tl.load(input_ptr + at, mask=mask, other=0.0)
+    tl.store(out_ptr + probes[:, None] * D + cols[None, :], sampled, mask=mask)
+
+
+@triton.jit
 def mass_key_kernel(
     sampled_ptr,
     bias_ptr,
@@ -86,30 +117,57 @@ def target_places_kernel(
 
 
 @triton.jit
-def number_kept_kernel(kept_ptr, slot_ptr, T, BLOCK_T: tl.constexpr):
-    """slot (T,): how many kept tiles come before each; one program."""
+def count_kept_kernel(kept_ptr, order_ptr, flags_ptr, V, T, first_late, TILE: tl.constexpr):
+    """flags (2, T): whether a tile is kept, and how many of its rows are late if it is."""
+    tile = tl.program_id(0)
+    kept = tl.load(kept_ptr + tile)
+    places = tile * TILE + tl.arange(0, TILE)
+    rows = tl.load(order_ptr + places, mask=places < tl.where(kept != 0, V, 0), other=-1)
+    tl.store(flags_ptr + tile, kept)
+    tl.store(flags_ptr + T + tile, tl.sum((rows >= first_late).to(tl.int32), axis=0))
+
+
+@triton.jit
+def number_kept_kernel(flags_ptr, before_ptr, T, BLOCK_T: tl.constexpr):
+    """before (2, T): the sums of flags (2, T) over the tiles before each; two programs."""
+    flags_ptr += tl.program_id(0) * T
+    before_ptr += tl.program_id(0) * T
     before = 0
     for start in range(0, T, BLOCK_T):
         tiles = start + tl.arange(0, BLOCK_T)
-        kept = tl.load(kept_ptr + tiles, mask=tiles < T, other=0)
-        tl.store(slot_ptr + tiles, before + tl.cumsum(kept, axis=0) - kept, mask=tiles < T)
-        before += tl.sum(kept, axis=0)
+        count = tl.load(flags_ptr + tiles, mask=tiles < T, other=0)
+        tl.store(before_ptr + tiles, before + tl.cumsum(count, axis=0) - count, mask=tiles < T)
+        before += tl.sum(count, axis=0)
 
 
 @triton.jit
 def kept_rows_kernel(
-    kept_ptr, slot_ptr, order_ptr, rows_ptr, flags_ptr, V, T, first_late, TILE: tl.constexpr
+    kept_ptr,
+    before_ptr,
+    order_ptr,
+    rows_ptr,
+    direct_ptr,
+    held_ptr,
+    home_ptr,
+    V,
+    T,
+    first_late,
+    TILE: tl.constexpr,
 ):
-    """rows (V,): of the kept tiles; flags (2, T): kept, and how many rows are late."""
+    """The lists of a KeptRows; before (2, T): kept tiles and late rows before each tile."""
     tile = tl.program_id(0)
-    kept = tl.load(kept_ptr + tile)
-    tl.store(flags_ptr + tile, kept)
-    in_tile = tl.arange(0, TILE)
-    places = tile * TILE + in_tile
-    inside = places < tl.where(kept != 0, V, 0)
-    rows = tl.load(order_ptr + places, mask=inside, other=-1)
-    tl.store(flags_ptr + T + tile, tl.sum((rows >= first_late).to(tl.int32), axis=0))
-    tl.store(rows_ptr + tl.load(slot_ptr + tile) * TILE + in_tile, rows, mask=inside)
+    if tl.load(kept_ptr + tile) != 0:
+        in_tile = tl.arange(0, TILE)
+        places = tile * TILE + in_tile
+        inside = places < V
+        rows = tl.load(order_ptr + places, mask=inside, other=-1)
+        late = (rows >= first_late).to(tl.int32)
+        slot = tl.load(before_ptr + T + tile) + tl.cumsum(late, axis=0) - late
+        at = tl.load(before_ptr + tile) * TILE + in_tile
+        tl.store(rows_ptr + at, rows, mask=inside)
+        tl.store(direct_ptr + at, tl.where(late != 0, -1, rows), mask=inside)
+        tl.store(held_ptr + at, tl.where(late != 0, slot, -1), mask=inside)
+        tl.store(home_ptr + slot, rows, mask=late != 0)
 
 
 @triton.jit(do_not_specialize=["first_id"])
@@ -378,13 +436,16 @@ def far_rows_kernel(
     out_ptr,
     V,
     D,
+    first_row,
+    last_row,
     stride_out,
     ACCUMULATE: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[row] = or += the far field of its tile, (T, D) fp32; not where a row is a target."""
+    """out[row] = or += the far field of its tile, (T, D) fp32, for first_row <= row < last_row; not
+    where a row is a target."""
     blocks_d = tl.cdiv(D, BLOCK_D)
     block = tl.program_id(0) // blocks_d
     tile = (block * BLOCK_V) // TILE
@@ -395,6 +456,7 @@ def far_rows_kernel(
         count = tl.minimum(V - tile * TILE, TILE).to(tl.float32)
         far = tl.load(far_ptr + tile.to(tl.int64) * D + cols, mask=cols < D, other=0.0) / count
         other = (places < V) & (tl.load(is_target_ptr + rows) == 0)
+        other &= (rows >= first_row) & (rows < last_row)
         mask = other[:, None] & (cols < D)[None, :]
         out = out_ptr + rows[:, None] * stride_out + cols[None, :]
         value = tl.broadcast_to(far[None, :], (BLOCK_V, BLOCK_D))
@@ -416,6 +478,8 @@ def target_rows_kernel(
     N,
     V,
     D,
+    first_row,
+    last_row,
     stride_input,
     stride_out,
     ACCUMULATE: tl.constexpr,
@@ -424,16 +488,17 @@ def target_rows_kernel(
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[row] = or += the far field of its tile + sum of factor * input over the row's tokens.
+    """out[row] = or += the far field of its tile + sum of factor * input over the row's tokens, for
+    first_row <= row < last_row.
 
     row_ptr (N,) is sorted, -1 first, and token_ptr says whose row each entry is: the program of a
     row's first entry does all of them, in order."""
     blocks_d = tl.cdiv(D, BLOCK_D)
     first = tl.program_id(0) // blocks_d
     block_d = tl.program_id(0) % blocks_d
-    row = tl.load(row_ptr + first)
+    row = tl.load(row_ptr + first).to(tl.int64)
     previous = tl.load(row_ptr + first - 1, mask=first > 0, other=-1)
-    if (row >= 0) & (row != previous):
+    if (row >= first_row) & (row < last_row) & (row != previous):
         cols = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = cols < D
         total = tl.zeros((BLOCK_D,), dtype=tl.float32)
@@ -466,6 +531,30 @@ def tile_rows(like: Tensor) -> int:
     """B, the vocabulary rows of a tile, for operands like this one."""
     config, _ = tuning.config_for(like)
     return config.block_v
+
+
+def probes(input: Tensor, step: int) -> Tensor:
+    """(P, D): the average of input's (N, D) rows, then its rows 0, step, 2 step, ..."""
+    num_tokens, hidden = input.shape
+    count = 1 + ceil_div(num_tokens, step)
+    out = input.new_empty(count, hidden)
+    block_d = 32
+    launch(
+        probes_kernel,
+        ceil_div(hidden, block_d),
+        input_ptr=input,
+        out_ptr=out,
+        N=num_tokens,
+        D=hidden,
+        P=count,
+        step=step,
+        stride_input=input.stride(0),
+        BLOCK_P=triton.next_power_of_2(count - 1),
+        BLOCK_N=128,
+        BLOCK_D=block_d,
+        num_warps=8,
+    )
+    return out
 
 
 def mass_key(sampled: Tensor, bias: Tensor | None, logit_scale: float, out: Tensor) -> None:
@@ -543,15 +632,25 @@ def kept_rows(kept: Tensor, order: Tensor, tile: int, first_late: int) -> KeptRo
         tile: B.
         first_late: the first late row.
     """
-    num_tiles, device = kept.shape[0], kept.device
-    rows = torch.empty(num_tiles * tile, dtype=torch.int64, device=device)
-    slot = torch.empty_like(kept)
-    flags = torch.empty((2, num_tiles), dtype=torch.int32, device=device)
+    num_tiles, vocab = kept.shape[0], order.shape[0]
+    flags, before = kept.new_empty(2, 2, num_tiles).unbind()
+    rows, direct, held = order.new_empty(3, num_tiles * tile).unbind()
+    home = order.new_empty(vocab - first_late)
+    sizes = {"V": vocab, "T": num_tiles, "first_late": first_late, "TILE": tile}
+    launch(
+        count_kept_kernel,
+        num_tiles,
+        kept_ptr=kept,
+        order_ptr=order,
+        flags_ptr=flags,
+        num_warps=4,
+        **sizes,
+    )
     launch(
         number_kept_kernel,
-        1,
-        kept_ptr=kept,
-        slot_ptr=slot,
+        2,
+        flags_ptr=flags,
+        before_ptr=before,
         T=num_tiles,
         BLOCK_T=1024,
         num_warps=4,
@@ -560,17 +659,16 @@ def kept_rows(kept: Tensor, order: Tensor, tile: int, first_late: int) -> KeptRo
         kept_rows_kernel,
         num_tiles,
         kept_ptr=kept,
-        slot_ptr=slot,
+        before_ptr=before,
         order_ptr=order,
         rows_ptr=rows,
-        flags_ptr=flags,
-        V=order.shape[0],
-        T=num_tiles,
-        first_late=first_late,
-        TILE=tile,
+        direct_ptr=direct,
+        held_ptr=held,
+        home_ptr=home,
         num_warps=4,
+        **sizes,
     )
-    return KeptRows(rows, slot, flags)
+    return KeptRows(rows, before[0], flags, direct, held, home)
 
 
 def plan_targets(
@@ -832,7 +930,13 @@ def add_target_rows(out: Tensor, weight: Tensor, rows: Tensor, factors: Tensor) 
 
 
 def write_far_rows(
-    far: FarGradient, input: Tensor, out: Tensor | None, bias: Tensor | None, *, accumulate: bool
+    far: FarGradient,
+    input: Tensor,
+    out: Tensor | None,
+    bias: Tensor | None,
+    rows: tuple[int, int],
+    *,
+    accumulate: bool,
 ) -> None:
     """Rows of dC, and of the bias gradient, that are not in a kept tile.
 
@@ -841,10 +945,19 @@ def write_far_rows(
         input: (N, D) hidden states.
         out: (V, D) dC, or None; overwritten, or added to with `accumulate`.
         bias: (V,) fp32, added to: the targets' part; or None.
+        rows: [start, stop) of the local rows to write.
+        accumulate: add to `out`.
     """
     vocab, hidden = far.order.shape[0], input.shape[1]
     block_v, block_d = min(32, far.tile), 256
-    common = {"V": vocab, "D": hidden, "ACCUMULATE": accumulate, "TILE": far.tile}
+    common = {
+        "V": vocab,
+        "D": hidden,
+        "first_row": rows[0],
+        "last_row": rows[1],
+        "ACCUMULATE": accumulate,
+        "TILE": far.tile,
+    }
     if out is not None:
         launch(
             far_rows_kernel,
