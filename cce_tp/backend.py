@@ -113,6 +113,8 @@ class Backend(Protocol):
         dtype: torch.dtype,
     ) -> Tensor: ...
 
+    def gather_rows(self, weight: Tensor, rows: Tensor) -> Tensor: ...
+
     def scatter_rows(
         self, out: Tensor, rows: Tensor, value: Tensor, *, accumulate: bool
     ) -> None: ...
@@ -155,6 +157,7 @@ class _TritonBackend:
         self.sorted_statistics = far_field.sorted_statistics
         self.tile_masses = far_field.tile_masses
         self.far_gradient = far_field.far_gradient
+        self.gather_rows = far_field.gather_rows
         self.scatter_rows = far_field.scatter_rows
         self.add_target_rows = far_field.add_target_rows
         self.write_far_rows = far_field.write_far_rows
@@ -179,6 +182,7 @@ class _TorchBackend:
         self.sorted_statistics = reference.sorted_statistics
         self.tile_masses = reference.tile_masses
         self.far_gradient = reference.far_gradient
+        self.gather_rows = reference.gather_rows
         self.scatter_rows = reference.scatter_rows
         self.add_target_rows = reference.add_target_rows
         self.write_far_rows = reference.write_far_rows

@@ -32,6 +32,8 @@ from cce_tp.workspace import (
     WholeWalk,
     blocks,
     plan_backward,
+    plan_head,
+    plan_rest,
 )
 
 # dC of a wide strip is taken in pieces of this many rows, each with its part of G in the L2 cache.
@@ -73,14 +75,7 @@ class _Loan:
 
     def __init__(self, backend: Backend, grad_weight: Tensor, kept: KeptRows) -> None:
         self._backend, self._out, self._kept = backend, grad_weight, kept
-        self._first = far_field.first_late_row(grad_weight.shape[0])
         self._held = grad_weight.new_empty(kept.home.shape[0], grad_weight.shape[1])
-
-    def buffer(self, columns: int, tokens: int, dtype: torch.dtype) -> Tensor:
-        """(columns, padded tokens) in the lent rows."""
-        flat, first = _aligned(self._out, self._first, dtype)
-        width = _padded(tokens)
-        return flat[first : first + columns * width].view(columns, width)
 
     def store(self, start: int, value: Tensor) -> None:
         """Listed rows from `start` on = value."""
@@ -92,6 +87,22 @@ class _Loan:
     def settle(self) -> None:
         """Put the held rows where they belong."""
         self._backend.scatter_rows(self._out, self._kept.home, self._held, accumulate=False)
+
+
+@dataclass(slots=True)
+class _Head:
+    """What was done before the number of rows to walk was known.
+
+    Attributes:
+        columns: how many columns were taken, from the first on; if there are not as many, the
+            others were zeros.
+        total: dE so far.
+        weight: (columns, D) their rows of dC, until they are stored.
+    """
+
+    columns: int
+    total: InputSum
+    weight: Tensor | None
 
 
 class _Columns:
@@ -151,11 +162,10 @@ class _BackwardPass:
         self.eps = eps
         self.upstream, self.unscale = _into_range(logits, upstream)
         self.sum_dtype = statistics_dtype(logits.input.dtype)
+        self.far_bytes = 0  # of what the far field left, where it is not used
         self.far: FarBackward | None = None
-        self.far_bytes = 0
         if state is not None:
-            self.far_bytes = state.nbytes
-            far = FarBackward(
+            self.far = FarBackward(
                 backend,
                 state,
                 logits,
@@ -165,11 +175,7 @@ class _BackwardPass:
                 accumulate=sinks.accumulate_weight,
                 bias=sinks.bias is not None,
             )
-            self.far = far if far.walks else None
-        if self.far is not None:
-            self.far_bytes = self.far.nbytes
-            self.columns = _Columns(logits, self.far.kept.rows, self.far.column)
-        elif eps is not None:
+        if eps is not None:
             self.columns = _Columns.ordered(logits)
         else:
             self.columns = _Columns(logits)
@@ -180,12 +186,61 @@ class _BackwardPass:
         return self.eps is not None or self.far is not None
 
     def run(self, workspace_bytes: int) -> None:
-        sizes = self._sizes()
-        self._walk(sizes, workspace_bytes)
-        if self.far is not None:
-            self.far.finish_weight(self.sinks.bias)
+        if self.far is None:
+            self._walk(workspace_bytes)
+            return
+        head = self._head_start(self.far, workspace_bytes)
+        if not self.far.wait():
+            del head
+            self.far_bytes, self.far = self.far.nbytes, None
+            self._walk(workspace_bytes)
+            return
+        self.columns = _Columns(self.logits, self.far.kept.rows, self.far.column)
+        if head is None:
+            self._walk(workspace_bytes)
+        else:
+            self._walk_rest(head, workspace_bytes)
+        self.far.finish_weight(self.sinks.bias)
 
-    def _walk(self, sizes: BackwardSizes, workspace_bytes: int) -> None:
+    def _head_start(self, far: FarBackward, workspace_bytes: int) -> _Head | None:
+        """Take the first columns before their number is known, so that the device has work while
+        the host waits for that number; if they turn out to be fewer, the others are zero rows."""
+        grad_input, grad_weight = self.sinks.input, self.sinks.weight
+        if grad_input is None or grad_weight is None or self.sinks.bias is not None:
+            return None
+        sizes = self._sizes(late=0)
+        plan = plan_head(sizes, workspace_bytes, self.backend.tile_rows(self.logits.input))
+        if plan is None:
+            return None
+        num_tokens = self.logits.shape[0]
+        total = InputSum(grad_input, self.sum_dtype, in_place=False, borrow=plan.borrow)
+        for t0, t1, part in total.parts:
+            far.start_input(part, (t0, t1))
+        rows = far.kept.rows[: plan.columns]
+        logits = self.logits._replace(
+            weight=self.backend.gather_rows(self.logits.weight, rows),
+            target=far.column,
+            first_id=0,
+        )
+        if sizes.loan_columns > 0:
+            buffer = self._late_rows(plan.columns)
+        else:
+            buffer = self._buffer(plan.columns, num_tokens)
+        grad_VN = buffer[:, :num_tokens]
+        self.backend.grad_logits(logits, self.upstream, grad_VN, None)
+        for t0, t1, part in total.parts:
+            self._product(part, grad_VN[:, t0:t1], logits.weight, None, True)
+        del logits  # gathered rows, before the temporary of dC is made
+        return _Head(plan.columns, total, self._weight_part(grad_VN, self.logits.input, None))
+
+    def _walk_rest(self, head: _Head, workspace_bytes: int) -> None:
+        """The columns that a head left."""
+        sizes = self._sizes(taken=head.columns)
+        walk = plan_rest(sizes.rounded(), workspace_bytes, len(head.total.parts) > 1)
+        self._token_walk(walk, sizes, head)
+
+    def _walk(self, workspace_bytes: int) -> None:
+        sizes = self._sizes()
         # Planned afresh while the device waits, if the sizes were new in every call.
         similar = sizes.rounded() if self.far is not None else sizes
         for walk in plan_backward(similar, workspace_bytes):
@@ -196,13 +251,19 @@ class _BackwardPass:
             else:
                 self._strip_walk(walk, bias=not sizes.need_input)
 
-    def _sizes(self) -> BackwardSizes:
+    def _sizes(self, *, taken: int = 0, late: int | None = None) -> BackwardSizes:
+        """
+        Args:
+            taken: columns that are done already.
+            late: rows of the far field's walk that its loan must hold; None if they are known.
+        """
         num_tokens, _, hidden = self.logits.shape
-        vocab = self.columns.count
+        vocab = max(0, self.columns.count - taken)
         itemsize, wide = self.logits.input.element_size(), self.sum_dtype.itemsize
         dE, dC = self.sinks.input, self.sinks.weight
         gathers, copies = self.gathers, copies_operands(self.logits.input)
-        fixed = self.backend.tile_bytes(self.logits) + self.far_bytes
+        fixed = self.backend.tile_bytes(self.logits)
+        fixed += self.far_bytes if self.far is None else self.far.nbytes
         if self.eps is not None:
             fixed += BYTES_PER_ORDERED_ROW * vocab
         weight_row = lent_row = loan_columns = loan_bytes = 0
@@ -216,7 +277,8 @@ class _BackwardPass:
                 elif self.far is not None:
                     rows = dC.shape[0] - far_field.first_late_row(dC.shape[0])
                     loan_columns = max(0, rows * hidden * dC.itemsize - ALIGNMENT) // gradient_row
-                    loan_bytes = self.far.kept.home.shape[0] * hidden * dC.itemsize
+                    held = self.far.kept.home.shape[0] if late is None else late
+                    loan_bytes = held * hidden * dC.itemsize
         sums_apart = dE is not None and dE.dtype != self.sum_dtype
         sum_row = hidden * wide * (sums_apart + copies)
         return BackwardSizes(
@@ -263,7 +325,7 @@ class _BackwardPass:
         scaled = self.unscale is not None or self.gathers
         return scaled or copies_operands(self.logits.input)
 
-    def _token_walk(self, walk: TokenWalk, sizes: BackwardSizes) -> None:
+    def _token_walk(self, walk: TokenWalk, sizes: BackwardSizes, head: _Head | None = None) -> None:
         """Token chunks outside, strips inside: dE and the bias gradient, and dC if it is asked."""
         grad_input, grad_weight = self.sinks.input, self.sinks.weight if walk.weight else None
         assert grad_input is not None
@@ -271,16 +333,29 @@ class _BackwardPass:
         loan = None
         if walk.loan and grad_weight is not None and self.far is not None:
             loan = _Loan(self.backend, grad_weight, self.far.kept)
-            buffer = loan.buffer(walk.strip, num_tokens, self.logits.input.dtype)
+        taken = 0
+        if head is not None:
+            taken = min(head.columns, vocab)
+            self._store_head(head, taken, loan)
+        if loan is not None:
+            buffer = self._late_rows(walk.strip)
         else:
             buffer = self._buffer(walk.strip, walk.chunk)
         single = walk.strip >= vocab and not self._apart_once()
         for n0, n1 in blocks(num_tokens, walk.chunk):
-            total = InputSum(grad_input[n0:n1], self.sum_dtype, in_place=single, borrow=walk.borrow)
-            if self.far is not None:
-                for t0, t1, part in total.parts:
-                    self.far.start_input(part, (n0 + t0, n0 + t1))
+            if head is not None:
+                total = head.total
+            else:
+                total = InputSum(
+                    grad_input[n0:n1], self.sum_dtype, in_place=single, borrow=walk.borrow
+                )
+                if self.far is not None:
+                    for t0, t1, part in total.parts:
+                        self.far.start_input(part, (n0 + t0, n0 + t1))
+            if taken == vocab:
+                self._finish_input(total, (n0, n1))
             for start, stop in walk.strips(sizes):
+                start, stop = start + taken, stop + taken
                 strip, logits = self.columns.strip(start, stop)
                 out = self._lent(start, stop) if stop - start > walk.strip else buffer
                 logits, grad_VN, kept = self._gradient(strip, logits, (n0, n1), out)
@@ -289,12 +364,7 @@ class _BackwardPass:
                 for t0, t1, part in total.parts:
                     self._product(part, grad_VN[:, t0:t1], logits.weight, kept, add)
                 if stop == vocab:
-                    if self.far is not None:
-                        for t0, t1, part in total.parts:
-                            self.far.finish_input(part, (n0 + t0, n0 + t1))
-                    total.finish(self.unscale)
-                    if n1 == num_tokens:
-                        self.sinks.input_done()
+                    self._finish_input(total, (n0, n1))
                 inputs = logits.input
                 del logits  # gathered rows, before the temporaries of dC are made
                 if loan is not None:
@@ -305,6 +375,29 @@ class _BackwardPass:
             del total  # before the next chunk's is allocated
         if loan is not None:
             loan.settle()
+
+    def _store_head(self, head: _Head, columns: int, loan: _Loan | None) -> None:
+        """Put the rows of dC that the head made where they belong."""
+        grad_weight, far, value = self.sinks.weight, self.far, head.weight
+        assert grad_weight is not None and far is not None and value is not None
+        head.weight, value = None, value[:columns]
+        if loan is not None:
+            loan.store(0, value)
+            return
+        accumulate = self.sinks.accumulate_weight
+        self.backend.scatter_rows(
+            grad_weight, far.kept.rows[:columns], value, accumulate=accumulate
+        )
+
+    def _finish_input(self, total: InputSum, tokens: tuple[int, int]) -> None:
+        """Complete dE of a token chunk."""
+        n0, n1 = tokens
+        if self.far is not None:
+            for t0, t1, part in total.parts:
+                self.far.finish_input(part, (n0 + t0, n0 + t1))
+        total.finish(self.unscale)
+        if n1 == self.logits.shape[0]:
+            self.sinks.input_done()
 
     def _whole_walk(self, walk: WholeWalk) -> None:
         """G^T in the memory of dC; dE from all of it, then dC over it, strip by strip."""
@@ -366,11 +459,18 @@ class _BackwardPass:
 
     def _lent(self, start: int, stop: int) -> Tensor:
         """(stop - start, padded N) in the memory of the rows of dC after `stop`."""
+        return self._lent_rows(stop, stop - start)
+
+    def _late_rows(self, columns: int) -> Tensor:
+        """(columns, padded N) in the memory of the late rows of dC."""
+        return self._lent_rows(far_field.first_late_row(self.logits.shape[1]), columns)
+
+    def _lent_rows(self, first_row: int, columns: int) -> Tensor:
         grad_weight = self.sinks.weight
         assert grad_weight is not None
-        flat, first = _aligned(grad_weight, stop, self.logits.input.dtype)
+        flat, first = _aligned(grad_weight, first_row, self.logits.input.dtype)
         width = _padded(self.logits.shape[0])
-        return flat[first : first + (stop - start) * width].view(stop - start, width)
+        return flat[first : first + columns * width].view(columns, width)
 
     def _gradient(
         self, strip: _Strip, columns: LocalLogits, tokens: tuple[int, int], buffer: Tensor

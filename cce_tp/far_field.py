@@ -231,8 +231,7 @@ def empty(logits: LocalLogits, tile: int, *, slopes: bool) -> list[Tensor]:
 class KeptRows(NamedTuple):
     """The rows of the kept tiles, in sorted order, on the device.
 
-    Rows from `first_late_row` on are late. Of the lists only as many entries are filled as there
-    are rows (or late ones) to fill them with.
+    Rows from `first_late_row` on are late. What is left of a list is -1, of `home` anything.
 
     Attributes:
         rows: (V,) int64 local rows.
@@ -300,13 +299,11 @@ class FarGradient:
 class FarBackward:
     """The far field in one backward pass: which rows are walked, and what is added for the rest.
 
-    Enqueues all that does not depend on the number of kept tiles before it waits for that number,
-    the one host synchronisation of the filtered pass.
+    Made, it has enqueued all that does not depend on the number of kept tiles. `wait`, for that
+    number, is the one host synchronisation of the filtered pass.
 
     Attributes:
-        walks: whether rows are walked at all; if so much is kept that the exact pass is as good,
-            nothing else here is of use.
-        kept: the K rows of the kept tiles, in sorted order.
+        kept: the rows of the kept tiles, in sorted order; after `wait` no more than those.
         column: (N,) int64 the target's place among them, or -1.
         nbytes: of all that lives during the whole pass, beside its strips.
     """
@@ -334,7 +331,7 @@ class FarBackward:
         self._tile = tile = backend.tile_rows(logits.input)
         vocab = logits.weight.shape[0]
         kept = backend.kept_rows(far.kept, far.order, tile, first_late_row(vocab))
-        flags = _HostCopy(kept.flags)
+        self.kept, self._flags = kept, _HostCopy(kept.flags)
         self._targets = backend.plan_targets(far, kept.slot, upstream, logits)
         self.column = self._targets.column
         self._summed = backend.far_gradient(far.masses, upstream, logits, logits.input.dtype)
@@ -345,13 +342,18 @@ class FarBackward:
         self._written = 0
         if not accumulate:
             self._write_weight(first_late_row(vocab))
-        kept_tiles, late_rows = flags.wait().tolist()
-        # The last tile is kept if it is not full.
-        count = sum(kept_tiles) * tile - (len(kept_tiles) * tile - vocab)
-        self.walks = count <= _MOSTLY * vocab
-        self.kept = kept.first(count, sum(late_rows))
         made = 0 if self._gradient is None else _nbytes(self._gradient.weight)
         self.nbytes = far.nbytes + self._summed.nbytes + made + 27 * vocab
+
+    def wait(self) -> bool:
+        """Whether rows are walked at all; if so much is kept that the exact pass is as good,
+        nothing here is of use any more."""
+        vocab, tile = self._logits.weight.shape[0], self._tile
+        kept_tiles, late_rows = self._flags.wait().tolist()
+        # The last tile is kept if it is not full.
+        count = sum(kept_tiles) * tile - (len(kept_tiles) * tile - vocab)
+        self.kept = self.kept.first(count, sum(late_rows))
+        return count <= _MOSTLY * vocab
 
     def _far_gradient(self, wants_weight: bool) -> FarGradient:
         far, input = self._far, self._logits.input

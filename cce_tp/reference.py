@@ -229,7 +229,9 @@ def kept_rows(kept: Tensor, order: Tensor, tile: int, first_late: int) -> KeptRo
     by_tile = by_tile.view(-1, tile)
     filled = torch.arange(by_tile.numel(), device=order.device).view(-1, tile) < order.shape[0]
     late = ((by_tile >= first_late) & filled).sum(dim=1, dtype=torch.int32)
-    chosen = torch.where(filled, by_tile, -1)[kept != 0].view(-1)
+    chosen = torch.full_like(by_tile.view(-1), -1)
+    listed = torch.where(filled, by_tile, -1)[kept != 0].view(-1)
+    chosen[: len(listed)] = listed
     is_late = chosen >= first_late
     direct = torch.where(is_late, -1, chosen)
     held = torch.where(is_late, torch.cumsum(is_late, dim=0) - 1, -1)
@@ -351,6 +353,11 @@ def far_gradient(
     g_TN = masses.mass.to(wide) * (1 + 2 * upstream.z_loss * lse_N)
     g_TN = (g_TN - upstream.uniform_weight * slope) * (upstream.grad * logits.logit_scale)
     return torch.where((masses.kept != 0)[:, None] | (upstream.grad == 0), 0.0, g_TN).to(dtype)
+
+
+def gather_rows(weight: Tensor, rows: Tensor) -> Tensor:
+    """As `kernels.far_field.gather_rows`."""
+    return torch.where((rows >= 0)[:, None], weight[rows.clamp(min=0)], 0.0)
 
 
 def scatter_rows(out: Tensor, rows: Tensor, value: Tensor, *, accumulate: bool) -> None:

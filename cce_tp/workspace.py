@@ -35,6 +35,10 @@ _TOKEN_STEP = 128
 _WIDEST_BUFFER = 32768
 # Where dC lends its memory, the buffer is for the last strips only: this many columns.
 _LAST_STRIPS = 2048
+# Of rows that are listed on the device: so many are taken before the host knows how many there are,
+# at most this share of the vocabulary.
+_HEAD_ROWS = 4096
+_HEAD_SHARE = 1 / 8
 # Numbers of rows kept by a filter that are walked alike.
 _SIMILAR_ROWS = 1024
 # Starts of lent rectangles are aligned for the tensor memory accelerator.
@@ -121,7 +125,7 @@ class BackwardSizes:
 
     def rounded(self) -> BackwardSizes:
         """A little larger: one plan for many calls whose sizes depend on the data."""
-        vocab = -(-self.vocab // _SIMILAR_ROWS) * _SIMILAR_ROWS
+        vocab = max(1, -(-self.vocab // _SIMILAR_ROWS)) * _SIMILAR_ROWS
         return replace(self, vocab=vocab, loan_bytes=-(-self.loan_bytes // MIB) * MIB)
 
     @property
@@ -214,8 +218,7 @@ def plan_backward(sizes: BackwardSizes, workspace_bytes: int) -> tuple[Walk, ...
 
     No cut goes below 16 tokens by 16 rows, which a cap near the smallest allowed may not hold.
     """
-    available = for_buffers(workspace_bytes, sizes.tokens)
-    available -= min(sizes.fixed, 3 * available // 4)
+    available = _available(sizes, workspace_bytes)
     if not sizes.need_input:
         return (_weight_only(sizes, available),)
     found: list[tuple[int, tuple[Walk, ...]]] = []
@@ -233,6 +236,57 @@ def plan_backward(sizes: BackwardSizes, workspace_bytes: int) -> tuple[Walk, ...
         chunk = min(16, sizes.tokens)
         return _least(sizes, available, chunk)
     return min(found, key=lambda each: each[0])[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The first columns of a walk over all tokens at once, dE and dC.
+
+    Attributes:
+        columns: how many.
+        borrow: half of dE's accumulator lies in dE itself.
+    """
+
+    columns: int
+    borrow: bool
+
+
+@functools.lru_cache(maxsize=256)
+def plan_head(sizes: BackwardSizes, workspace_bytes: int, tile: int) -> Head | None:
+    """Columns to begin with, a multiple of `tile`; or None if that does not fit well.
+
+    Args:
+        sizes: with the whole vocabulary.
+    """
+    available = _available(sizes, workspace_bytes)
+    borrow = sizes.can_borrow and 4 * sizes.tokens * sizes.token_row > available
+    room = available - sizes.tokens * sizes.token_row // (2 if borrow else 1)
+    per_column = sizes.step_row(True)
+    most = min(_HEAD_ROWS, int(_HEAD_SHARE * sizes.vocab))
+    if sizes.loan_columns > 0:
+        most = min(most, sizes.loan_columns)
+    else:
+        per_column += sizes.tokens * sizes.element
+    columns = min(most, room // (2 * per_column))
+    columns -= columns % tile
+    return Head(columns, borrow) if columns > 0 else None
+
+
+@functools.lru_cache(maxsize=256)
+def plan_rest(sizes: BackwardSizes, workspace_bytes: int, borrow: bool) -> TokenWalk:
+    """The walk of what a head left, with dE's accumulator as it is."""
+    available = _available(sizes, workspace_bytes)
+    found = _token_walk(sizes, available, sizes.tokens, weight=True, borrow=borrow)
+    if found:
+        (walk,) = min(found, key=lambda each: each[0])[1]
+        assert isinstance(walk, TokenWalk)
+        return walk
+    return TokenWalk(chunk=sizes.tokens, strip=min(16, sizes.vocab), weight=True, borrow=borrow)
+
+
+def _available(sizes: BackwardSizes, workspace_bytes: int) -> int:
+    available = for_buffers(workspace_bytes, sizes.tokens)
+    return available - min(sizes.fixed, 3 * available // 4)
 
 
 def _chunks(sizes: BackwardSizes, available: int) -> list[int]:

@@ -216,7 +216,7 @@ def plan_targets_kernel(
 
 
 @triton.jit
-def gather_tiles_kernel(
+def gather_rows_kernel(
     weight_ptr,
     order_ptr,
     gathered_ptr,
@@ -225,22 +225,26 @@ def gather_tiles_kernel(
     D,
     stride_weight,
     stride_gathered,
+    HAS_MEAN: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """gathered (V, D): rows of the weight in the given order; mean (T, D): of each tile of them."""
+    """gathered (V, D): rows of the weight in the given order, zeros for -1; mean (T, D): of each
+    tile of them."""
     blocks_d = tl.cdiv(D, BLOCK_D)
     tile = tl.program_id(0) // blocks_d
     places = tile * TILE + tl.arange(0, TILE)
     cols = (tl.program_id(0) % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
-    rows = tl.load(order_ptr + places, mask=places < V, other=0)
+    rows = tl.load(order_ptr + places, mask=places < V, other=-1)
     mask = (places < V)[:, None] & (cols < D)[None, :]
-    values = tl.load(weight_ptr + rows[:, None] * stride_weight + cols[None, :], mask, other=0.0)
+    there = mask & (rows >= 0)[:, None]
+    values = tl.load(weight_ptr + rows[:, None] * stride_weight + cols[None, :], there, other=0.0)
     out = gathered_ptr + places[:, None].to(tl.int64) * stride_gathered + cols[None, :]
     tl.store(out, values, mask=mask)
-    count = tl.minimum(V - tile * TILE, TILE).to(tl.float32)
-    mean = tl.sum(values.to(tl.float32), axis=0) / count
-    tl.store(mean_ptr + tile.to(tl.int64) * D + cols, mean, mask=cols < D)
+    if HAS_MEAN:
+        count = tl.minimum(V - tile * TILE, TILE).to(tl.float32)
+        mean = tl.sum(values.to(tl.float32), axis=0) / count
+        tl.store(mean_ptr + tile.to(tl.int64) * D + cols, mean, mask=cols < D)
 
 
 @triton.jit
@@ -634,7 +638,7 @@ def kept_rows(kept: Tensor, order: Tensor, tile: int, first_late: int) -> KeptRo
     """
     num_tiles, vocab = kept.shape[0], order.shape[0]
     flags, before = kept.new_empty(2, 2, num_tiles).unbind()
-    rows, direct, held = order.new_empty(3, num_tiles * tile).unbind()
+    rows, direct, held = order.new_full((3, num_tiles * tile), -1).unbind()
     home = order.new_empty(vocab - first_late)
     sizes = {"V": vocab, "T": num_tiles, "first_late": first_late, "TILE": tile}
     launch(
@@ -711,21 +715,23 @@ def plan_targets(
     return plan
 
 
-def gather_tiles(weight: Tensor, rows: Tensor, tile: int, means: Tensor) -> Tensor:
+def gather_rows(
+    weight: Tensor, rows: Tensor, tile: int = 256, means: Tensor | None = None
+) -> Tensor:
     """weight[rows] (R, D), its rows aligned, and the mean of each `tile` of them into `means`.
 
     Args:
         weight: (V, D), last dim contiguous.
-        rows: (R,) int64.
+        rows: (R,) int64; -1 for a row of zeros.
         tile: B.
-        means: (ceil(R / B), D) contiguous.
+        means: (ceil(R / B), D) contiguous, or None.
     """
     hidden = weight.shape[1]
     step = 16 // weight.element_size()
     made = weight.new_empty(len(rows), -(-hidden // step) * step)[:, :hidden]
     block_d = 64
     launch(
-        gather_tiles_kernel,
+        gather_rows_kernel,
         ceil_div(len(rows), tile) * ceil_div(hidden, block_d),
         weight_ptr=weight,
         order_ptr=rows,
@@ -735,6 +741,7 @@ def gather_tiles(weight: Tensor, rows: Tensor, tile: int, means: Tensor) -> Tens
         D=hidden,
         stride_weight=weight.stride(0),
         stride_gathered=made.stride(0),
+        HAS_MEAN=means is not None,
         TILE=tile,
         BLOCK_D=block_d,
         num_warps=8,
@@ -772,7 +779,7 @@ def sorted_statistics(
         ids = order[start : start + step]
         t0, t1 = start // tile, ceil_div(start + len(ids), tile)
         part = logits._replace(
-            weight=gather_tiles(logits.weight, ids, tile, means[t0:t1]),
+            weight=gather_rows(logits.weight, ids, tile, means[t0:t1]),
             bias=None if logits.bias is None else logits.bias.index_select(0, ids),
             target=target,
             first_id=logits.first_id + start,
