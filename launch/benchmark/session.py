@@ -88,6 +88,6 @@ class Session:
             "inputs": inputs,
             "options": case.options.changed(),
             "shard": case.shard,
-            **dict.fromkeys(("gate", "gemm", "forward", "both", "host", "ranks")),
+            **dict.fromkeys(("gate", "forward", "both", "host", "ranks")),
         }
         return record | fields
