@@ -62,6 +62,9 @@ def _line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("run --shape 8,8,8 --workspace-mib 0.5", "--workspace-mib: expected a number of at least"),
         ("run --shape 8,8,8 --seconds-per-case 0", "--seconds-per-case: expected a number > 0"),
         ("run --snapshot nowhere.pt", "--snapshot: expected a file or a folder of .pt files"),
+        ("profile", "--model, --shape, --snapshot or --suite: expected one of them, got none"),
+        ("profile --shape 8,8,8 --runs 0", "--runs: expected a positive integer, got 0"),
+        ("profile --shape 8,8,8 --host-time", "unrecognized arguments: --host-time"),
         ("run --suite models --shape 8,8,8", "--shape: expected without --suite"),
         ("run --suite models --bias", "--bias: expected without --suite"),
         ("run --suite tokens --implementations te", "--implementations: expected one that the"),
@@ -191,6 +194,7 @@ def _made_up(implementation: str, vocab: int, extra_mib: int) -> dict[str, Any]:
     timing |= {"gemms": 4.0, "gemms_low": 3.95, "gemms_high": 4.05}
     return {
         "schema": 2,
+        "kind": "timing",
         "date": "2026-01-02T03:04:05+00:00",
         "commit": "0123456789abcdef0123",
         "hardware": {"name": "NVIDIA H200", "count": 1, "driver": "580", "cuda": "13.0"},
@@ -228,6 +232,7 @@ def test_table_of_made_up_records() -> None:
 def test_table_of_records_of_the_first_schema(tmp_path: Path) -> None:
     """There one product, measured before and after, was the unit of both timings."""
     first = _made_up("cce-tp-exact", 256000, 100)
+    del first["kind"]
     for name in ("gemm", "gemms_low", "gemms_high"):
         del first["both"][name]  # the same object as "forward"
     first |= {"schema": 1, "host": None}

@@ -1,4 +1,4 @@
-"""One case: its inputs, the gate, then time and memory of each implementation.
+"""One case: its inputs, the gate, then time and memory, or the kernels, of each implementation.
 
 Legend: N tokens, D hidden size, V global vocabulary, V_local rows of this rank.
 """
@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-from launch.benchmark import collectives, machine, reference
+from launch.benchmark import collectives, machine, profiling, reference
 from launch.benchmark.catalogue import Case
 from launch.benchmark.implementations import Implementation
 from launch.benchmark.inputs import Inputs, Snapshot, take
@@ -27,10 +27,12 @@ T = TypeVar("T")
 
 
 class CaseWork:
-    """The tensors of one case and what is done with them; call `begin`, `gate`, then `measure`.
+    """The tensors of one case and what is done with them.
+
+    Call `begin`, `gate`, and then `measure` or `profile`, once for each implementation.
 
     Attributes:
-        outcomes: of every implementation, filled by `gate` and changed by `measure`.
+        outcomes: of every implementation, filled by `gate` and changed by what follows it.
     """
 
     def __init__(
@@ -143,23 +145,37 @@ class CaseWork:
 
     def measure(self, name: str) -> dict[str, Any]:
         """Gate, timings and memory of one implementation, as fields of its record."""
+        return self._of_steps(name, partial(self._time, name))
+
+    def profile(self, name: str, runs: int) -> dict[str, Any]:
+        """Gate, and the kernels of one implementation, as fields of its record."""
+
+        def kernels(steps: Steps) -> dict[str, Any]:
+            step = steps.forward if self.case.options.forward_only else steps.both
+            return {
+                "profile": self._beside_gemm(
+                    lambda gemm: profiling.take(self.meter, step, gemm, runs)
+                )
+            }
+
+        return self._of_steps(name, kernels)
+
+    def _of_steps(self, name: str, work: Callable[[Steps], dict[str, Any]]) -> dict[str, Any]:
+        """The gate, and what `work` finds if that was passed."""
         found: dict[str, Any] = {}
         if name in self._errors:
             limits = reference.limits(self.case.dtype, self.case.tf32, self.table[name].exact)
             found["gate"] = {"errors": self._errors[name], "limits": limits}
         if self.outcomes[name].status != "ok":
             return found
-        outcome, timings = attempt(self.world, lambda: self._time(name))
+        loss = self._losses.pop(name)
+        outcome, more = attempt(self.world, lambda: work(Steps(loss, self.own, self.case.options)))
         self.outcomes[name] = outcome
-        self._losses.pop(name)
-        if timings is None:
-            return found
-        return found | timings
+        return found | (more or {})
 
-    def _time(self, name: str) -> dict[str, Any]:
+    def _time(self, name: str, steps: Steps) -> dict[str, Any]:
         """forward, both, host and ranks of the record."""
         options, meter = self.case.options, self.meter
-        steps = Steps(self._losses[name], self.own, options)
         found: dict[str, Any] = {"both": None, "host": None}
         extra = meter.peak_bytes(steps.forward, lambda: 0)
         forward, both = self._compare(steps.forward), None

@@ -136,32 +136,43 @@ class Meter:
     def _runs(seconds: float, estimate_s: float) -> int:
         return min(MAX_RUNS, math.ceil(seconds / max(estimate_s, 1e-9)))
 
-    def sample(self, steps: list[Callable[[], Any]], runs: int) -> list[list[float]]:
+    def sample(
+        self, steps: list[Callable[[], Any]], runs: int, mark: Callable[[], None] = lambda: None
+    ) -> list[list[float]]:
         """Milliseconds of each step's runs: one of each step in turn, `runs` times.
 
         Under a group all ranks must ask for as many.
+
+        Args:
+            steps: what to time.
+            runs: of each step.
+            mark: called before and after each run, outside its time.
         """
-        taken = (self._events if self.cuda else self._clock)(steps * runs)
+        taken = (self._events if self.cuda else self._clock)(steps * runs, mark)
         return [taken[place :: len(steps)] for place in range(len(steps))]
 
-    def _clock(self, steps: list[Callable[[], Any]]) -> list[float]:
+    def _clock(self, steps: list[Callable[[], Any]], mark: Callable[[], None]) -> list[float]:
         samples = []
         for step in steps:
             self.world.barrier()
+            mark()
             start = time.perf_counter()
             step()
             samples.append(1000 * (time.perf_counter() - start))
+            mark()
         return samples
 
-    def _events(self, steps: list[Callable[[], Any]]) -> list[float]:
+    def _events(self, steps: list[Callable[[], Any]], mark: Callable[[], None]) -> list[float]:
         flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=self.world.device)
         events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in steps]
         for step, (start, end) in zip(steps, events, strict=True):
             flush.zero_()
             self.world.align()
+            mark()
             start.record()
             step()
             end.record()
+            mark()
         torch.cuda.synchronize(self.world.device)
         return [start.elapsed_time(end) for start, end in events]
 

@@ -5,6 +5,7 @@ Schema 2. A record is the measurement of one implementation on one case:
 | key | value |
 |---|---|
 | `schema` | 2 |
+| `kind` | "timing" (of `run`) or "profile" (of `profile`) |
 | `date`, `commit` | UTC, ISO 8601; revision of the checkout, "-dirty" if changed, or null |
 | `hardware` | `name` of the GPU or CPU, `count` of GPUs seen, `driver`, `cuda` |
 | `versions` | `python`, `torch`, `triton`, `cce_tp`, and the implementation's own package |
@@ -19,6 +20,7 @@ Schema 2. A record is the measurement of one implementation on one case:
 | `shard` | [r, W]: rank r's rows of W, measured without a group; or null |
 | `gate` | `errors` by name (null: not finite), `limits`: see `reference.py`; or null |
 | `forward`, `both` | timings of the forward pass without gradients, and of forward + backward |
+| `profile` | the kernels of a step, see below; null in a timing |
 | `host` | `forward_us`, `backward_us`: what a call keeps the host; or null |
 | `ranks` | null for one rank; else see below |
 
@@ -31,6 +33,15 @@ rows, run once after each run of the step, or null), `gemms` (the step's median 
 before it (the inputs) and less the gradients that the step leaves (dE, dC, the bias's); null on a
 CPU. What libraries allocate outside of the allocator, and cuBLAS's workspace, which the first call
 leaves, are not in it.
+
+`profile` is of forward + backward, or of forward alone with the option `forward_only`. All are
+microseconds and medians over `runs` runs under the profiler: `kernels` (by `name`: `calls` and `us`
+per run, `gemms`), `kernels_us` (their sum), `span_us` (from the start of the first to the end of
+the last), `step_us` (from the start of the step to its end, by CUDA events; without a GPU by the
+wall clock), `idle_us` (of it, when no kernel ran), `gemm_us` (the kernels of one E @ C^T, which ran
+once after each run; or null) and `gaps` (the largest of the run whose idle time is the median:
+`at_us` from the step's start, `us`, names of the kernels `before` and `after`). Under a group they
+are rank 0's. Without a GPU operators stand for kernels.
 
 `ranks`: `world_size` (how many hold the vocabulary between them), `processes` (how many measure
 together: `processes / world_size` teams, all at once), `backend`, `sequence_parallel`,
@@ -105,6 +116,7 @@ def _parse(path: str, number: int, line: str) -> Record:
 
 def _from_first(record: Record) -> Record:
     """A record of schema 1 with the fields of schema 2."""
+    record |= {"kind": "timing", "profile": None}
     unit = (record["gemm"] or {}).get("ms")
     for timing in (record["forward"], record["both"]):
         if timing is None:

@@ -17,9 +17,11 @@ _COMPARISONS = ("", "models", "bars", "host")
 
 
 def terminal(records: Sequence[Record]) -> str:
-    """One table of one case."""
+    """One table of one case; of profiles one for each implementation."""
     from tabulate import tabulate
 
+    if records[0]["kind"] == "profile":
+        return "\n\n".join(_account(record, "simple") for record in records)
     rows = [_row([record], [record]) for record in records]
     return tabulate(rows, headers=_HEADERS, disable_numparse=True)
 
@@ -29,9 +31,11 @@ def markdown(files: Sequence[Sequence[Record]]) -> str:
 
     Suites that compare implementations have a table per case, sweeps one with a line per case and
     implementation. What is not available is said below a table. Records of several ranks have a
-    table of how they scale as well.
+    table of how they scale as well. Profiles come last, each by itself.
     """
-    every = [record for records in files for record in records]
+    given = [record for records in files for record in records]
+    every = [record for record in given if record["kind"] == "timing"]
+    profiles = [record for record in given if record["kind"] == "profile"]
     lines: list[str] = []
     for suite in dict.fromkeys(record["suite"] for record in every):
         here = [record for record in every if record["suite"] == suite]
@@ -45,6 +49,11 @@ def markdown(files: Sequence[Sequence[Record]]) -> str:
             lines += _table(cases, every)
         if scaling.is_scaling(here):
             lines += ["Over several ranks:", "", scaling.markdown(here), ""]
+    if profiles:
+        lines += ["## profiles", ""]
+    for record in profiles:
+        lines += [f"### {case_label(record)}", "", _source([record]), ""]
+        lines += [_account(record, "github"), ""]
     return "\n".join(lines)
 
 
@@ -81,6 +90,45 @@ def _source(records: Sequence[Record]) -> str:
     )
     listed = ("; ".join(sources), ", ".join(days), ", ".join(each[:16] for each in commits))
     return "; ".join([*listed, *packages])
+
+
+def _account(record: Record, form: str) -> str:
+    """The kernels of a step and its idle gaps, as two tables."""
+    from tabulate import tabulate
+
+    name, found = record["implementation"], record["profile"]
+    if found is None:
+        return f"{name}: {record['status']}: {record['reason']}"
+    unit = found["gemm_us"]
+
+    def line(label: str, us: float, calls: str = "") -> list[str]:
+        return [_cut(label), calls, f"{us:,.1f}", _number(us / unit if unit else None)]
+
+    rows = [line(each["name"], each["us"], f"{each['calls']:g}") for each in found["kernels"]]
+    rows.append(line("all kernels", found["kernels_us"]))
+    rows.append(line("first kernel's start to last one's end", found["span_us"]))
+    rows.append(line("the step, from start to end", found["step_us"]))
+    rows.append(line("of it idle", found["idle_us"]))
+    headers = (f"kernels of {name}", "calls", "us", "gemms")
+    gaps = [
+        [f"{gap['us']:,.1f}", f"{gap['at_us']:,.1f}", _cut(gap["before"]), _cut(gap["after"])]
+        for gap in found["gaps"]
+    ]
+    about = f"{name}: {found['runs']} runs"
+    about += f", gemm {unit:,.1f} us" if unit else ", no gemm"
+    kernels = tabulate(rows, headers, tablefmt=form, disable_numparse=True)
+    idle = tabulate(
+        gaps,
+        ("idle us", "at us", "kernel before", "kernel after"),
+        tablefmt=form,
+        disable_numparse=True,
+    )
+    return f"{about}\n\n{kernels}\n\n{idle}"
+
+
+def _cut(name: str) -> str:
+    """A name that fits into a cell: kernels' differ at either end."""
+    return name if len(name) <= 64 else f"{name[:40]}...{name[-21:]}"
 
 
 def _row(records: Sequence[Record], every: Sequence[Record]) -> list[str]:
