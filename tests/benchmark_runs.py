@@ -22,6 +22,11 @@ ALL_OPTIONS = Options(bias=True, softcap=3.0, z_loss=1e-2, label_smoothing=0.1)
 def run(out: Path, *arguments: str) -> list[dict[str, Any]]:
     """`launch.benchmark run`; all records of its file."""
     assert command.main(["run", *QUICK, "--out", str(out), *arguments]) == 0
+    return written(out)
+
+
+def written(out: Path) -> list[dict[str, Any]]:
+    """All records of a file."""
     return [record for each in records.read([str(out)]) for record in each]
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from torch import Tensor
 from benchmark_runs import ALL_OPTIONS, CPU, QUICK, TINY, run
 from cce_tp import VocabShard, linear_cross_entropy, sharding
 from launch.benchmark import __main__ as command
-from launch.benchmark import collectives, records, scaling, tables
+from launch.benchmark import collectives, measure, records, scaling, tables
 from launch.benchmark.catalogue import IMPLEMENTATIONS, Case, Options
 from launch.benchmark.implementations import TABLE, Implementation
 from launch.benchmark.measure import Meter, Timing
@@ -60,8 +62,11 @@ def test_run_then_table_then_plot(tmp_path: Path, capsys: pytest.CaptureFixture[
         for key in ("forward", "both"):
             timing = record[key]
             assert 0 < timing["low_ms"] <= timing["median_ms"] <= timing["high_ms"]
-            assert timing["gemms"] == pytest.approx(timing["median_ms"] / record["gemm"]["ms"])
-            assert timing["runs"] >= 5
+            unit = timing["gemm"]
+            assert 0 < unit["low_ms"] <= unit["median_ms"] <= unit["high_ms"]
+            assert timing["gemms"] == pytest.approx(timing["median_ms"] / unit["median_ms"])
+            assert 0 < timing["gemms_low"] <= timing["gemms_high"]
+            assert timing["runs"] == unit["runs"] >= 5
         assert record["versions"]["torch"] == torch.__version__
         assert record["hardware"]["name"].startswith("CPU")
         assert record["shape"] == {"tokens": record["shape"]["tokens"], "hidden": 16} | {
@@ -176,7 +181,7 @@ def test_wrong_implementations_fail_the_gate_and_are_not_timed() -> None:
         assert record["status"] == "failed", record
         assert f"{what} " in record["reason"] and ">" in record["reason"]
         assert record["gate"]["errors"][what] > record["gate"]["limits"][what]
-        assert record["forward"] is record["both"] is record["gemm"] is None
+        assert record["forward"] is record["both"] is None
     assert found["nan"]["status"] == "failed"
     assert records.clean(found["nan"])["gate"]["errors"]["loss"] is None
     assert set(calls.values()) == {1}
@@ -242,6 +247,61 @@ def test_timing_and_host_time() -> None:
     assert 1 < record["host"]["backward_us"] < 1e7
 
 
+def test_the_unit_is_run_between_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that slows down all the time the step is four units in every pair of runs."""
+    order: list[str] = []
+    now, pace = 0.0, 1.0
+
+    def take(name: str, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            nonlocal now, pace
+            order.append(name)
+            now += pace * seconds
+            pace *= 1.1 if name == "unit" else 1.0
+
+        return call
+
+    monkeypatch.setattr(measure, "time", SimpleNamespace(perf_counter=lambda: now))
+    found = Meter(World(), seconds=1e3).compare(take("step", 4.0), take("unit", 1.0))
+    assert order == ["step", "unit"] * (len(order) // 2)
+    assert found.unit is not None and found.unit.runs == found.step.runs > 5
+    assert found.step.high_ms > 2 * found.step.low_ms
+    assert (found.ratio, found.low, found.high) == pytest.approx((4.0, 4.0, 4.0))
+    alone = Meter(World(), seconds=1e3).compare(take("step", 4.0), None)
+    assert (alone.unit, alone.ratio, alone.low, alone.high) == (None, None, None, None)
+
+
+@pytest.mark.parametrize("short", ["of the product's output", "of the step beside it"])
+def test_a_step_is_timed_without_a_unit_that_has_no_room(
+    short: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs: list[weakref.ref[Tensor]] = []
+    make = Tensor.new_empty
+
+    def new_empty(tensor: Tensor, size: tuple[int, int]) -> Tensor:
+        if short == "of the product's output":
+            raise torch.OutOfMemoryError("no room")
+        made = make(tensor, size)
+        outputs.append(weakref.ref(made))
+        return made
+
+    def loss(operands: Operands) -> Tensor:
+        if any(output() is not None for output in outputs):
+            raise torch.OutOfMemoryError("no room")
+        return _loss(operands)
+
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    (found,) = _measure(Case(shape=TINY, dtype="fp32"), {"torch-eager": _entry(loss)})
+    assert found["status"] == "ok", found
+    assert len(outputs) == (0 if short == "of the product's output" else 2)
+    for key in ("forward", "both"):
+        timing = found[key]
+        assert timing["median_ms"] > 0
+        names = ("gemm", "gemms", "gemms_low", "gemms_high")
+        assert [timing[name] for name in names] == [None] * 4
+    assert f"{found['both']['median_ms']:.3g} ms" in tables.terminal([found])
+
+
 def _two_ranks(out: Path, names: str, *flags: str) -> tuple[str, list[dict[str, Any]]]:
     command_line = ["-m", "launch.benchmark", "run", "--shape", "48,16,96", *QUICK, *flags]
     command_line += ["--implementations", names, "--out", str(out)]
@@ -271,6 +331,8 @@ def test_two_ranks(tmp_path: Path) -> None:
         for key in ("forward", "both"):
             medians = record[key]["ranks_ms"]
             assert len(medians) == 2 and record[key]["median_ms"] == max(medians)
+            unit = record[key]["gemm"]
+            assert len(unit["ranks_ms"]) == 2 and unit["runs"] == record[key]["runs"]
             exposed = record[key]["median_ms"] - ranks[f"alone_{key}"]["median_ms"]
             assert ranks[f"exposed_{key}_ms"] == pytest.approx(exposed)
     assert ours["ranks"]["collectives_ms"].keys() == {
@@ -384,5 +446,5 @@ def test_on_a_gpu(tmp_path: Path) -> None:
         assert record["hardware"]["driver"]
     assert logits <= eager["forward"]["extra_bytes"] <= 4 * logits
     assert 0 <= ours["both"]["extra_bytes"] <= 0.06 * logits
-    rate = 2 * 4096 * 512 * 65536 / (ours["gemm"]["ms"] / 1000)
+    rate = 2 * 4096 * 512 * 65536 / (ours["both"]["gemm"]["median_ms"] / 1000)
     assert 1e13 < rate < 2.5e15

@@ -17,6 +17,8 @@ from launch.benchmark.catalogue import IMPLEMENTATIONS, MODELS, Case, Shape
 
 pytestmark = pytest.mark.no_poison
 
+_FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+
 
 def _line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert command.main(list(arguments)) == 2
@@ -60,6 +62,9 @@ def _line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("run --shape 8,8,8 --workspace-mib 0.5", "--workspace-mib: expected a number of at least"),
         ("run --shape 8,8,8 --seconds-per-case 0", "--seconds-per-case: expected a number > 0"),
         ("run --snapshot nowhere.pt", "--snapshot: expected a file or a folder of .pt files"),
+        ("profile", "--model, --shape, --snapshot or --suite: expected one of them, got none"),
+        ("profile --shape 8,8,8 --runs 0", "--runs: expected a positive integer, got 0"),
+        ("profile --shape 8,8,8 --host-time", "unrecognized arguments: --host-time"),
         ("run --suite models --shape 8,8,8", "--shape: expected without --suite"),
         ("run --suite models --bias", "--bias: expected without --suite"),
         ("run --suite tokens --implementations te", "--implementations: expected one that the"),
@@ -185,9 +190,11 @@ def test_suite_at_reduced_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def _made_up(implementation: str, vocab: int, extra_mib: int) -> dict[str, Any]:
     timing = {"median_ms": 60.0, "low_ms": 59.0, "high_ms": 61.0, "runs": 9, "ranks_ms": [60.0]}
-    timing |= {"gemms": 4.0, "extra_bytes": extra_mib * 2**20}
+    timing |= {"gemm": {**timing, "median_ms": 15.0}, "extra_bytes": extra_mib * 2**20}
+    timing |= {"gemms": 4.0, "gemms_low": 3.95, "gemms_high": 4.05}
     return {
-        "schema": 1,
+        "schema": 2,
+        "kind": "timing",
         "date": "2026-01-02T03:04:05+00:00",
         "commit": "0123456789abcdef0123",
         "hardware": {"name": "NVIDIA H200", "count": 1, "driver": "580", "cuda": "13.0"},
@@ -204,7 +211,6 @@ def _made_up(implementation: str, vocab: int, extra_mib: int) -> dict[str, Any]:
         "options": {},
         "shard": None,
         "gate": {"errors": {"loss": 1e-6, "input_grad": 1.5e-3, "weight_grad": 1e-3}, "limits": {}},
-        "gemm": {"before": None, "after": None, "ms": 15.0},
         "forward": timing,
         "both": timing,
         "host": {"forward_us": 99.6, "backward_us": 101.2},
@@ -214,19 +220,39 @@ def _made_up(implementation: str, vocab: int, extra_mib: int) -> dict[str, Any]:
 
 def test_table_of_made_up_records() -> None:
     first, second = _made_up("cce-tp-exact", 256000, 100), _made_up("cce-tp-exact", 256000, 101)
-    second["gemm"] |= {"before": {"median_ms": 15.0}, "after": {"median_ms": 15.6}}
     text = tables.markdown([[first], [second]])
     assert "## models" in text
     assert "NVIDIA H200, torch 2.11.0, Triton 3.6.0; 2026-01-02; 0123456789abcdef" in text
     row = next(line for line in text.splitlines() if line.startswith("| cce-tp-exact"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert cells[1:5] == ["15.00", "4.00 (3.93-4.07)", "4.00 (3.93-4.07)", "100 / 101"]
-    assert cells[5:] == [
-        "1.0e-06",
-        "1.5e-03",
-        "1.0e-03",
-        "host 100 + 101 us / gemm drifted by +4%; host 100 + 101 us",
-    ]
+    assert cells[1:5] == ["15.00", "4.00 (3.95-4.05)", "4.00 (3.95-4.05)", "100 / 101"]
+    assert cells[5:] == ["1.0e-06", "1.5e-03", "1.0e-03", "host 100 + 101 us"]
+
+
+def test_table_of_records_of_the_first_schema(tmp_path: Path) -> None:
+    """There one product, measured before and after, was the unit of both timings."""
+    first = _made_up("cce-tp-exact", 256000, 100)
+    del first["kind"]
+    for name in ("gemm", "gemms_low", "gemms_high"):
+        del first["both"][name]  # the same object as "forward"
+    first |= {"schema": 1, "host": None}
+    first["gemm"] = {"before": {"median_ms": 14.7}, "after": {"median_ms": 15.3}, "ms": 15.0}
+    unmeasured = first | dict.fromkeys(("gemm", "forward", "both"))
+    for record in (first, unmeasured | {"status": "failed", "reason": "wrong"}):
+        records.append(tmp_path / "rows.jsonl", record)
+    text = tables.markdown(records.read([str(tmp_path / "rows.jsonl")]))
+    row = next(line for line in text.splitlines() if line.startswith("| cce-tp-exact"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:4] == ["15.00 / -", *["4.00 (3.93-4.07) / -"] * 2]
+    assert cells[-1] == "gemm measured apart, drift +4% / failed: wrong"
+
+
+@pytest.mark.parametrize("path", sorted(_FIGURES.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_kept_records_make_tables_and_figures(path: Path, tmp_path: Path) -> None:
+    found = records.read([str(path)])
+    text = tables.markdown(found)
+    assert all(f"| {record['implementation']} " in text for record in found[0])
+    assert any(line.endswith(".svg") for line in figures.draw(found, tmp_path, "svg"))
 
 
 def test_figures_of_made_up_records(tmp_path: Path) -> None:

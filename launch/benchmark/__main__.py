@@ -3,13 +3,15 @@
     python -m launch.benchmark run --model llama3-8b --out runs/bench.jsonl
     python -m launch.benchmark run --suite standard --out runs/standard.jsonl
     torchrun --nproc-per-node 4 -m launch.benchmark run --model llama3-8b --out runs/tp4.jsonl
+    python -m launch.benchmark profile --model llama3-8b --implementations cce-tp-exact
     python -m launch.benchmark table runs/*.jsonl
     python -m launch.benchmark plot runs/*.jsonl --out-dir runs/figures
 
 `run` compares every implementation that is installed: first with fp32 (who is wrong is reported
 and not timed), then in time, in units of one E @ C^T by the vendor library at the same shape in
-the same run, and in memory. It needs neither matplotlib nor a GPU; on a CPU it is only good to try
-it. docs/benchmarks.md says what is counted, launch/benchmark/records.py what is written.
+the same run, and in memory. `profile` says of a step which kernels its time goes to, and when none
+ran. Both need neither matplotlib nor a GPU; on a CPU they are only good to try them.
+docs/benchmarks.md says what is counted, launch/benchmark/records.py what is written.
 """
 
 from __future__ import annotations
@@ -38,7 +40,13 @@ from launch.benchmark.catalogue import (
 from launch.benchmark.suites import SUITES, suite
 
 _OPTION_FLAGS = tuple(Options.__slots__)
-_PACKAGES = {"run": ("tqdm", "tabulate"), "table": ("tabulate",), "plot": ("matplotlib",)}
+_SECONDS, _RUNS = 0.5, 10
+_PACKAGES = {
+    "run": ("tqdm", "tabulate"),
+    "profile": ("tqdm", "tabulate"),
+    "table": ("tabulate",),
+    "plot": ("matplotlib",),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,13 +65,18 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = root.add_subparsers(dest="command", required=True)
-    run = commands.add_parser(
-        "run",
-        help="measure, and write one record per implementation and case",
-        epilog=f"implementations:\n{names}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _add_run_arguments(run)
+    for command, add, text in (
+        ("run", _add_run_arguments, "measure, and write one record per implementation and case"),
+        ("profile", _add_profile_arguments, "account for a step by kernels, and write the same"),
+    ):
+        each = commands.add_parser(
+            command,
+            help=text,
+            epilog=f"implementations:\n{names}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _add_case_arguments(each)
+        add(each)
     table = commands.add_parser("table", help="records as Markdown, on standard output")
     table.add_argument("files", nargs="+", metavar="FILE")
     plot = commands.add_parser("plot", help="records as figures")
@@ -73,8 +86,8 @@ def parser() -> argparse.ArgumentParser:
     return root
 
 
-def _add_run_arguments(run: argparse.ArgumentParser) -> None:
-    what = run.add_argument_group("what is measured (any number of shapes)")
+def _add_case_arguments(command: argparse.ArgumentParser) -> None:
+    what = command.add_argument_group("what is measured (any number of shapes)")
     add = what.add_argument
     add("--model", action="append", default=[], metavar="NAME", help=", ".join(MODELS))
     add("--shape", action="append", default=[], metavar="N,D,V", help="tokens, hidden, vocabulary")
@@ -89,7 +102,7 @@ def _add_run_arguments(run: argparse.ArgumentParser) -> None:
     add("--tensor-parallel", metavar="W,...", help="ranks that hold the vocabulary (all there are)")
     add("--sequence-parallel", action="store_true", help="each rank holds a part of the tokens")
     add("--implementations", metavar="NAME,...", help="default: all; names below")
-    loss = run.add_argument_group("options of the loss")
+    loss = command.add_argument_group("options of the loss")
     add = loss.add_argument
     add("--bias", action="store_true", help="add a bias to the logits")
     add("--softcap", type=float, metavar="X")
@@ -106,25 +119,35 @@ def _add_run_arguments(run: argparse.ArgumentParser) -> None:
         help="logits that this library's exact filter keeps for the backward pass (0)",
     )
     add("--forward-only", action="store_true")
-    how = run.add_argument_group("how")
-    add = how.add_argument
+    out = command.add_argument_group("what is written")
+    add = out.add_argument
+    add("--out", metavar="FILE", help="JSON lines; records are added to it")
+    add("--commit", metavar="REV", help="revision to record where there is no git checkout")
+
+
+def _add_run_arguments(run: argparse.ArgumentParser) -> None:
+    add = run.add_argument_group("how").add_argument
     add(
         "--seconds-per-case",
         type=float,
-        default=0.5,
+        default=_SECONDS,
         metavar="S",
-        help="of measuring for each of forward, and forward + backward (0.5)",
+        help=f"of measuring for each of forward, and forward + backward ({_SECONDS})",
     )
     add("--host-time", action="store_true", help="also the host's time per call")
-    add("--out", metavar="FILE", help="JSON lines; records are added to it")
-    add("--commit", metavar="REV", help="revision to record where there is no git checkout")
+
+
+def _add_profile_arguments(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument_group("how").add_argument
+    add("--runs", type=int, default=_RUNS, metavar="R", help=f"of the step ({_RUNS})")
+    command.set_defaults(seconds_per_case=_SECONDS, host_time=False)
 
 
 def cases(args: argparse.Namespace, snapshot: Any, world_size: int) -> list[Case]:
     """What the command line asks for.
 
     Args:
-        args: of `run`.
+        args: of `run` or `profile`.
         snapshot: what `--snapshot` names, or None.
         world_size: ranks that measure together.
 
@@ -212,7 +235,11 @@ def _suite_cases(
 
 
 def run(args: argparse.Namespace) -> None:
-    """Measure; writes and shows on rank 0 alone."""
+    """Measure, or profile; writes and shows on rank 0 alone.
+
+    Raises:
+        ValueError: what was asked for cannot be measured.
+    """
     from tqdm import tqdm
 
     from launch.benchmark import inputs, machine, records, tables
@@ -222,6 +249,9 @@ def run(args: argparse.Namespace) -> None:
     world = World.from_environment()
     snapshot = inputs.load(args.snapshot) if args.snapshot and not args.suite else None
     plan = cases(args, snapshot, world.size)
+    profiling = args.command == "profile"
+    if profiling and args.runs < 1:
+        raise ValueError(f"--runs: expected a positive integer, got {args.runs}")
     first = world.rank == 0
     if args.out and first:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
@@ -235,8 +265,12 @@ def run(args: argparse.Namespace) -> None:
             commit=args.commit or machine.commit(),
         )
         for case in plan:
-            rows = []
-            for record in session.measure(case, list(case.implementations or IMPLEMENTATIONS)):
+            rows, names = [], list(case.implementations or IMPLEMENTATIONS)
+            for record in (
+                session.profile(case, names, args.runs)
+                if profiling
+                else session.measure(case, names)
+            ):
                 rows.append(record)
                 bar.set_description(f"{case.shape} {record['implementation']}", refresh=False)
                 bar.update()
@@ -262,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         args = parser().parse_args(arguments)
         _require(*_PACKAGES[args.command])
-        if args.command == "run":
+        if args.command in ("run", "profile"):
             run(args)
             return 0
         from launch.benchmark import records

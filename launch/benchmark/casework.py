@@ -1,33 +1,38 @@
-"""One case: its inputs, the gate, then time and memory of each implementation.
+"""One case: its inputs, the gate, then time and memory, or the kernels, of each implementation.
 
 Legend: N tokens, D hidden size, V global vocabulary, V_local rows of this rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 
-from launch.benchmark import collectives, machine, reference
+from launch.benchmark import collectives, machine, profiling, reference
 from launch.benchmark.catalogue import Case
 from launch.benchmark.implementations import Implementation
 from launch.benchmark.inputs import Inputs, Snapshot, take
 from launch.benchmark.inputs import make as make_inputs
-from launch.benchmark.measure import Meter, Timing
+from launch.benchmark.measure import Comparison, Meter, Timing
 from launch.benchmark.outcome import Outcome, attempt
 from launch.benchmark.parallel import World
 from launch.benchmark.peers import NotAvailable, Problem
 from launch.benchmark.steps import Steps, alone, even_rows
 
+T = TypeVar("T")
+
 
 class CaseWork:
-    """The tensors of one case and what is done with them; call `begin`, `gate`, then `measure`.
+    """The tensors of one case and what is done with them.
+
+    Call `begin`, `gate`, and then `measure` or `profile`, once for each implementation.
 
     Attributes:
-        outcomes: of every implementation, filled by `gate` and changed by `measure`.
+        outcomes: of every implementation, filled by `gate` and changed by what follows it.
     """
 
     def __init__(
@@ -40,7 +45,6 @@ class CaseWork:
         self.outcomes: dict[str, Outcome] = {}
         self._losses: dict[str, Any] = {}
         self._errors: dict[str, dict[str, float]] = {}
-        self._gemm_before: Timing | None = None
         self._collectives: dict[str, float] | None = None
 
     def begin(self, seed: int, snapshot: Snapshot | None) -> Outcome:
@@ -90,8 +94,6 @@ class CaseWork:
             want = replace(want, input_grad=self._part(want.input_grad))
         for name in names:
             self.outcomes[name] = self._gate_one(name, want)
-        del want  # before anything is timed
-        self._gemm_before = self._gemm()
         return outcome
 
     def _gate_one(self, name: str, want: reference.Results) -> Outcome:
@@ -120,48 +122,68 @@ class CaseWork:
         parts = self.case.sequence_parallel and group is not None
         return Problem(vocab, self.case.options, self.world.device, group, self.world.alone, parts)
 
-    def _gemm(self) -> Timing | None:
-        """E @ C^T of the rows held here; None where it cannot be held."""
+    def _beside_gemm(self, work: Callable[[Callable[[], Any] | None], T]) -> T:
+        """`work` with E @ C^T of the rows held here, to be run between the runs of a step.
+
+        The product's output is there as long as `work` goes on and no longer. Where there is no
+        room for it, or none for `work` beside it, `work` gets None instead.
+        """
         hidden, weight = self.inputs.input, self.inputs.weight
-        step = lambda: torch.mm(hidden, weight.t())  # noqa: E731
-        return attempt(self.world, lambda: self.meter.time(step, share=0.5))[1]
+        size = (hidden.shape[0], weight.shape[0])
+        output = attempt(self.world, lambda: hidden.new_empty(size))[1]
+        if output is not None:
+            gemm = partial(torch.mm, hidden, weight.t(), out=output)
+            outcome, found = attempt(self.world, lambda: work(gemm))
+            del gemm, output
+            if outcome.status == "ok":
+                return cast("T", found)
+            # Whatever else it was that failed fails again.
+        return work(None)
+
+    def _compare(self, step: Callable[[], Any]) -> Comparison:
+        return self._beside_gemm(partial(self.meter.compare, step))
 
     def measure(self, name: str) -> dict[str, Any]:
         """Gate, timings and memory of one implementation, as fields of its record."""
-        found: dict[str, Any] = {"gemm": None}
+        return self._of_steps(name, partial(self._time, name))
+
+    def profile(self, name: str, runs: int) -> dict[str, Any]:
+        """Gate, and the kernels of one implementation, as fields of its record."""
+
+        def kernels(steps: Steps) -> dict[str, Any]:
+            step = steps.forward if self.case.options.forward_only else steps.both
+            return {
+                "profile": self._beside_gemm(
+                    lambda gemm: profiling.take(self.meter, step, gemm, runs)
+                )
+            }
+
+        return self._of_steps(name, kernels)
+
+    def _of_steps(self, name: str, work: Callable[[Steps], dict[str, Any]]) -> dict[str, Any]:
+        """The gate, and what `work` finds if that was passed."""
+        found: dict[str, Any] = {}
         if name in self._errors:
             limits = reference.limits(self.case.dtype, self.case.tf32, self.table[name].exact)
             found["gate"] = {"errors": self._errors[name], "limits": limits}
         if self.outcomes[name].status != "ok":
             return found
-        outcome, timings = attempt(self.world, lambda: self._time(name))
+        loss = self._losses.pop(name)
+        outcome, more = attempt(self.world, lambda: work(Steps(loss, self.own, self.case.options)))
         self.outcomes[name] = outcome
-        self._losses.pop(name)
-        if timings is None:
-            return found
-        before, after = self._gemm_before, self._gemm()
-        self._gemm_before = after
-        unit = None
-        if before is not None and after is not None:
-            unit = (before.median_ms + after.median_ms) / 2
-        found["gemm"] = {"before": _plain(before), "after": _plain(after), "ms": unit}
-        for key in ("forward", "both"):
-            timing, extra = timings.pop(key)
-            if timing is not None:
-                gemms = timing.median_ms / unit if unit else None
-                found[key] = {**asdict(timing), "gemms": gemms, "extra_bytes": extra}
-        return found | timings
+        return found | (more or {})
 
-    def _time(self, name: str) -> dict[str, Any]:
-        """forward, both: (timing, extra bytes); host; ranks."""
+    def _time(self, name: str, steps: Steps) -> dict[str, Any]:
+        """forward, both, host and ranks of the record."""
         options, meter = self.case.options, self.meter
-        steps = Steps(self._losses[name], self.own, options)
-        found: dict[str, Any] = {"both": (None, None), "host": None}
+        found: dict[str, Any] = {"both": None, "host": None}
         extra = meter.peak_bytes(steps.forward, lambda: 0)
-        found["forward"] = (meter.time(steps.forward), extra)
+        forward, both = self._compare(steps.forward), None
+        found["forward"] = _timing(forward, extra)
         if not options.forward_only:
             extra = meter.peak_bytes(steps.both, steps.release)
-            found["both"] = (meter.time(steps.both), extra)
+            both = self._compare(steps.both)
+            found["both"] = _timing(both, extra)
         steps.release()
         if self.case.host_time:
             backward = None if options.forward_only else meter.host_us(steps.host_backward)
@@ -170,22 +192,25 @@ class CaseWork:
                 "backward_us": backward,
             }
         if self.team.group is not None:
-            found["ranks"] = self._group_cost(name, steps, found["forward"][0], found["both"][0])
+            found["ranks"] = self._group_cost(name, steps, {"forward": forward, "both": both})
         return found
 
     def _group_cost(
-        self, name: str, steps: Steps, forward: Timing, both: Timing | None
+        self, name: str, steps: Steps, together: dict[str, Comparison | None]
     ) -> dict[str, Any]:
-        """What the collectives expose: the same rows without them, and the difference."""
+        """What the collectives expose: the same rows without them, and the difference.
+
+        Those are measured beside the product as well, so that they run at the same clocks.
+        """
         ours = self.table[name].package == "cce-tp"
         without = self._at_hand(steps) if ours else self._on_their_own(name)
         found: dict[str, Any] = self.about_ranks() or {}
-        for key, timing in (("forward", forward), ("both", both)):
+        for key, timing in together.items():
             alone_timing = None if timing is None else without[key]
             found[f"alone_{key}"] = _plain(alone_timing)
             found[f"exposed_{key}_ms"] = None
             if timing is not None and alone_timing is not None:
-                found[f"exposed_{key}_ms"] = timing.median_ms - alone_timing.median_ms
+                found[f"exposed_{key}_ms"] = timing.step.median_ms - alone_timing.median_ms
         found["collectives_ms"] = self._collectives_ms() if ours else {}
         return found
 
@@ -206,10 +231,10 @@ class CaseWork:
         """The library's own steps, the results of their collectives being at hand."""
         found: dict[str, Timing | None] = {"both": None}
         with collectives.at_hand(steps.forward):
-            found["forward"] = self.meter.time(steps.forward)
+            found["forward"] = self._compare(steps.forward).step
         if not self.case.options.forward_only:
             with collectives.at_hand(steps.both):
-                found["both"] = self.meter.time(steps.both)
+                found["both"] = self._compare(steps.both).step
         steps.release()
         return found
 
@@ -220,8 +245,8 @@ class CaseWork:
         steps = Steps(loss, inputs, self.case.options)
         forward_only = self.case.options.forward_only
         return {
-            "forward": self.meter.time(steps.forward),
-            "both": None if forward_only else self.meter.time(steps.both),
+            "forward": self._compare(steps.forward).step,
+            "both": None if forward_only else self._compare(steps.both).step,
         }
 
     def _collectives_ms(self) -> dict[str, float]:
@@ -231,6 +256,18 @@ class CaseWork:
                 self.meter, self.inputs.input, self.team.group, self.case.sequence_parallel
             )
         return self._collectives
+
+
+def _timing(compared: Comparison, extra_bytes: int | None) -> dict[str, Any]:
+    """A timing of the record."""
+    return {
+        **asdict(compared.step),
+        "gemm": _plain(compared.unit),
+        "gemms": compared.ratio,
+        "gemms_low": compared.low,
+        "gemms_high": compared.high,
+        "extra_bytes": extra_bytes,
+    }
 
 
 def _plain(timing: Timing | None) -> dict[str, Any] | None:

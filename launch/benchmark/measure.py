@@ -39,13 +39,39 @@ class Timing:
     @classmethod
     def of(cls, samples_ms: list[float], world: World) -> Timing:
         """Summarise one rank's samples, and pick the slowest rank."""
-        if len(samples_ms) == 1:
-            samples_ms = samples_ms * 2
-        deciles = statistics.quantiles(samples_ms, n=10, method="inclusive")
-        mine = (statistics.median(samples_ms), deciles[0], deciles[-1], len(samples_ms))
-        ranks = world.gather(mine)
-        median, low, high, runs = max(ranks)
-        return cls(median, low, high, runs, tuple(each[0] for each in ranks))
+        ranks = world.gather(_spread(samples_ms))
+        median, low, high = max(ranks)
+        return cls(median, low, high, len(samples_ms), tuple(each[0] for each in ranks))
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """A step beside a unit that was run in turn with it.
+
+    Attributes:
+        step: its timing.
+        unit: that of the unit, of as many runs; None if there was no unit.
+        low, high: 10% and 90% quantiles of the ratios of a run of the step to the run of the unit
+            after it, of the rank where their median is the largest; None without a unit.
+    """
+
+    step: Timing
+    unit: Timing | None = None
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def ratio(self) -> float | None:
+        """Of the medians; None without a unit."""
+        return None if self.unit is None else self.step.median_ms / self.unit.median_ms
+
+
+def _spread(samples: list[float]) -> tuple[float, float, float]:
+    """The median, and the 10% and 90% quantiles."""
+    if len(samples) == 1:
+        samples = samples * 2
+    deciles = statistics.quantiles(samples, n=10, method="inclusive")
+    return statistics.median(samples), deciles[0], deciles[-1]
 
 
 class Meter:
@@ -69,8 +95,32 @@ class Meter:
             step: what to time; called several times.
             share: of the seconds per step.
         """
-        step()
-        estimate_s = self._sample(step, 1)[0] / 1000
+        (samples_ms,) = self._warm([step], share)
+        return Timing.of(samples_ms, self.world)
+
+    def compare(self, step: Callable[[], Any], unit: Callable[[], Any] | None) -> Comparison:
+        """Time of `step` as `time` measures it, each run of it followed by one of `unit`.
+
+        A device whose clocks follow its load runs both at the same clocks then, so that the ratio
+        does not depend on how long either is measured.
+
+        Args:
+            step: what to time; the seconds per step are its own.
+            unit: what to compare it with; None times the step alone.
+        """
+        if unit is None:
+            return Comparison(self.time(step))
+        steps_ms, units_ms = self._warm([step, unit], 1.0)
+        ratios = [one / other for one, other in zip(steps_ms, units_ms, strict=True)]
+        _, low, high = max(self.world.gather(_spread(ratios)))
+        timings = (Timing.of(steps_ms, self.world), Timing.of(units_ms, self.world))
+        return Comparison(*timings, low, high)
+
+    def _warm(self, steps: list[Callable[[], Any]], share: float) -> list[list[float]]:
+        """Milliseconds of warm runs of each step, made in turn; the first decides how many."""
+        for step in steps:
+            step()
+        estimate_s = self.sample(steps, 1)[0][0] / 1000
         seconds = share * self.seconds
         wanted = (self._runs(seconds * part, estimate_s) for part in (_WARM_UP_SHARE, 1.0))
         # The same counts on all ranks, or they would wait for each other's collectives.
@@ -78,36 +128,51 @@ class Meter:
             max(counts) for counts in zip(*self.world.gather(tuple(wanted)), strict=True)
         )
         for _ in range(warm_up):
-            step()
-        return Timing.of(self._sample(step, max(MIN_RUNS, runs)), self.world)
+            for step in steps:
+                step()
+        return self.sample(steps, max(MIN_RUNS, runs))
 
     @staticmethod
     def _runs(seconds: float, estimate_s: float) -> int:
         return min(MAX_RUNS, math.ceil(seconds / max(estimate_s, 1e-9)))
 
-    def _sample(self, step: Callable[[], Any], runs: int) -> list[float]:
-        return self._events(step, runs) if self.cuda else self._clock(step, runs)
+    def sample(
+        self, steps: list[Callable[[], Any]], runs: int, mark: Callable[[], None] = lambda: None
+    ) -> list[list[float]]:
+        """Milliseconds of each step's runs: one of each step in turn, `runs` times.
 
-    def _clock(self, step: Callable[[], Any], runs: int) -> list[float]:
+        Under a group all ranks must ask for as many.
+
+        Args:
+            steps: what to time.
+            runs: of each step.
+            mark: called before and after each run, outside its time.
+        """
+        taken = (self._events if self.cuda else self._clock)(steps * runs, mark)
+        return [taken[place :: len(steps)] for place in range(len(steps))]
+
+    def _clock(self, steps: list[Callable[[], Any]], mark: Callable[[], None]) -> list[float]:
         samples = []
-        for _ in range(runs):
+        for step in steps:
             self.world.barrier()
+            mark()
             start = time.perf_counter()
             step()
             samples.append(1000 * (time.perf_counter() - start))
+            mark()
         return samples
 
-    def _events(self, step: Callable[[], Any], runs: int) -> list[float]:
+    def _events(self, steps: list[Callable[[], Any]], mark: Callable[[], None]) -> list[float]:
         flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=self.world.device)
-        events = [
-            tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(runs)
-        ]
-        for start, end in events:
+        events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in steps]
+        for step, (start, end) in zip(steps, events, strict=True):
             flush.zero_()
             self.world.align()
+            mark()
             start.record()
             step()
             end.record()
+            mark()
         torch.cuda.synchronize(self.world.device)
         return [start.elapsed_time(end) for start, end in events]
 

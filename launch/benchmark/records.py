@@ -1,10 +1,11 @@
 """What a measurement leaves behind: one JSON object per line, and tables made of them.
 
-Schema 1. A record is the measurement of one implementation on one case:
+Schema 2. A record is the measurement of one implementation on one case:
 
 | key | value |
 |---|---|
-| `schema` | 1 |
+| `schema` | 2 |
+| `kind` | "timing" (of `run`) or "profile" (of `profile`) |
 | `date`, `commit` | UTC, ISO 8601; revision of the checkout, "-dirty" if changed, or null |
 | `hardware` | `name` of the GPU or CPU, `count` of GPUs seen, `driver`, `cuda` |
 | `versions` | `python`, `torch`, `triton`, `cce_tp`, and the implementation's own package |
@@ -18,18 +19,29 @@ Schema 1. A record is the measurement of one implementation on one case:
 | `options` | those that are not at their defaults, see `catalogue.Options` |
 | `shard` | [r, W]: rank r's rows of W, measured without a group; or null |
 | `gate` | `errors` by name (null: not finite), `limits`: see `reference.py`; or null |
-| `gemm` | `before`, `after`: timings of E @ C^T of the same rows, `ms`: mean of the medians |
 | `forward`, `both` | timings of the forward pass without gradients, and of forward + backward |
+| `profile` | the kernels of a step, see below; null in a timing |
 | `host` | `forward_us`, `backward_us`: what a call keeps the host; or null |
 | `ranks` | null for one rank; else see below |
 
 A timing is {`median_ms`, `low_ms`, `high_ms` (10% and 90% quantiles), `runs`, `ranks_ms` (median
-of each rank), `gemms` (median over gemm's ms; not in `gemm`), `extra_bytes`}, or null.
+of each rank)}, or null. `forward` and `both` also have `gemm` (the timing of E @ C^T of the same
+rows, run once after each run of the step, or null), `gemms` (the step's median over the product's),
+`gemms_low` and `gemms_high` (10% and 90% quantiles of the ratios run by run), and `extra_bytes`.
 
 `extra_bytes` is the peak of the CUDA caching allocator during a warm step, less what was allocated
 before it (the inputs) and less the gradients that the step leaves (dE, dC, the bias's); null on a
 CPU. What libraries allocate outside of the allocator, and cuBLAS's workspace, which the first call
 leaves, are not in it.
+
+`profile` is of forward + backward, or of forward alone with the option `forward_only`. All are
+microseconds and medians over `runs` runs under the profiler: `kernels` (by `name`: `calls` and `us`
+per run, `gemms`), `kernels_us` (their sum), `span_us` (from the start of the first to the end of
+the last), `step_us` (from the start of the step to its end, by CUDA events; without a GPU by the
+wall clock), `idle_us` (of it, when no kernel ran), `gemm_us` (the kernels of one E @ C^T, which ran
+once after each run; or null) and `gaps` (the largest of the run whose idle time is the median:
+`at_us` from the step's start, `us`, names of the kernels `before` and `after`). Under a group they
+are rank 0's. Without a GPU operators stand for kernels.
 
 `ranks`: `world_size` (how many hold the vocabulary between them), `processes` (how many measure
 together: `processes / world_size` teams, all at once), `backend`, `sequence_parallel`,
@@ -37,6 +49,11 @@ together: `processes / world_size` teams, all at once), `backend`, `sequence_par
 are several to a team `alone_forward` and `alone_both` (timings of the same rows without
 collectives), `exposed_forward_ms` and `exposed_both_ms` (what the collectives add), and
 `collectives_ms` (of each collective of this library by itself, by name).
+
+Schema 1 measured the product by itself, before and after each implementation. It had `gemm` beside
+`forward` and `both` (`before`, `after`: timings, `ms`: mean of their medians) and `gemms` was over
+that mean. `read` gives such records the fields of schema 2 and leaves theirs: the product's timing
+has `median_ms` alone, and `gemms_low` and `gemms_high` are the step's quantiles over it.
 """
 
 from __future__ import annotations
@@ -47,7 +64,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 2
 
 Record = dict[str, Any]
 
@@ -70,10 +87,10 @@ def append(path: Path, record: Record) -> None:
 
 
 def read(paths: Sequence[str]) -> list[list[Record]]:
-    """The records of each file.
+    """The records of each file, those of schema 1 with the fields of this one.
 
     Raises:
-        ValueError: no such file, or a line that is no record of this schema.
+        ValueError: no such file, or a line that is no record of either schema.
     """
     found = []
     for path in paths:
@@ -92,8 +109,21 @@ def _parse(path: str, number: int, line: str) -> Record:
         record = json.loads(line)
     except json.JSONDecodeError:
         record = None
-    if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+    if not isinstance(record, dict) or record.get("schema") not in (1, SCHEMA):
         raise ValueError(f"FILE: expected a record of schema {SCHEMA}, got line {number} of {path}")
+    return _from_first(record) if record["schema"] == 1 else record
+
+
+def _from_first(record: Record) -> Record:
+    """A record of schema 1 with the fields of schema 2."""
+    record |= {"kind": "timing", "profile": None}
+    unit = (record["gemm"] or {}).get("ms")
+    for timing in (record["forward"], record["both"]):
+        if timing is None:
+            continue
+        timing["gemm"] = {"median_ms": unit} if unit else None
+        for name in ("low", "high"):
+            timing[f"gemms_{name}"] = timing[f"{name}_ms"] / unit if unit else None
     return record
 
 

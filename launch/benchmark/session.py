@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from typing import Any
@@ -49,6 +49,25 @@ class Session:
 
     def measure(self, case: Case, names: list[str]) -> Iterator[Record]:
         """One record per implementation, as soon as it is measured; all ranks must iterate."""
+        return self._records(case, names, "timing", CaseWork.measure)
+
+    def profile(self, case: Case, names: list[str], runs: int) -> Iterator[Record]:
+        """The same of the kernels of forward + backward, or of forward alone if that is asked for.
+
+        Args:
+            case: to profile.
+            names: of implementations.
+            runs: of the step.
+        """
+        return self._records(case, names, "profile", lambda work, name: work.profile(name, runs))
+
+    def _records(
+        self,
+        case: Case,
+        names: list[str],
+        kind: str,
+        fields_of: Callable[[CaseWork, str], dict[str, Any]],
+    ) -> Iterator[Record]:
         if any(self.table[name].compiled for name in names):
             forget_compiled()
         forget(self.world.device)
@@ -60,12 +79,14 @@ class Session:
             for name in names:
                 fields: dict[str, Any] = {"ranks": work.about_ranks()}
                 if outcome.status != "ok":
-                    yield self._record(case, name, outcome, fields)
+                    yield self._record(case, name, kind, outcome, fields)
                     continue
-                fields |= work.measure(name)
-                yield self._record(case, name, work.outcomes[name], fields)
+                fields |= fields_of(work, name)
+                yield self._record(case, name, kind, work.outcomes[name], fields)
 
-    def _record(self, case: Case, name: str, outcome: Outcome, fields: dict[str, Any]) -> Record:
+    def _record(
+        self, case: Case, name: str, kind: str, outcome: Outcome, fields: dict[str, Any]
+    ) -> Record:
         inputs: dict[str, Any] = {"kind": case.inputs, "seed": self.seed}
         if self.snapshot is not None:
             inputs = {"kind": case.inputs, "snapshot": self.snapshot.name}
@@ -73,6 +94,7 @@ class Session:
         start, stop = even_rows(case.shape.vocab, 0, ranks)
         record = {
             "schema": SCHEMA,
+            "kind": kind,
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "commit": self._commit,
             "hardware": self._hardware,
@@ -88,6 +110,6 @@ class Session:
             "inputs": inputs,
             "options": case.options.changed(),
             "shard": case.shard,
-            **dict.fromkeys(("gate", "gemm", "forward", "both", "host", "ranks")),
+            **dict.fromkeys(("gate", "forward", "both", "host", "profile", "ranks")),
         }
         return record | fields

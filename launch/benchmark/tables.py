@@ -14,14 +14,14 @@ _HEADERS = (
 
 # Suites whose question is which implementation; "" holds the cases of no suite.
 _COMPARISONS = ("", "models", "bars", "host")
-# A change of the unit during a measurement that is worth a note.
-_DRIFT = 0.02
 
 
 def terminal(records: Sequence[Record]) -> str:
-    """One table of one case."""
+    """One table of one case; of profiles one for each implementation."""
     from tabulate import tabulate
 
+    if records[0]["kind"] == "profile":
+        return "\n\n".join(_account(record, "simple") for record in records)
     rows = [_row([record], [record]) for record in records]
     return tabulate(rows, headers=_HEADERS, disable_numparse=True)
 
@@ -31,9 +31,11 @@ def markdown(files: Sequence[Sequence[Record]]) -> str:
 
     Suites that compare implementations have a table per case, sweeps one with a line per case and
     implementation. What is not available is said below a table. Records of several ranks have a
-    table of how they scale as well.
+    table of how they scale as well. Profiles come last, each by itself.
     """
-    every = [record for records in files for record in records]
+    given = [record for records in files for record in records]
+    every = [record for record in given if record["kind"] == "timing"]
+    profiles = [record for record in given if record["kind"] == "profile"]
     lines: list[str] = []
     for suite in dict.fromkeys(record["suite"] for record in every):
         here = [record for record in every if record["suite"] == suite]
@@ -47,6 +49,11 @@ def markdown(files: Sequence[Sequence[Record]]) -> str:
             lines += _table(cases, every)
         if scaling.is_scaling(here):
             lines += ["Over several ranks:", "", scaling.markdown(here), ""]
+    if profiles:
+        lines += ["## profiles", ""]
+    for record in profiles:
+        lines += [f"### {case_label(record)}", "", _source([record]), ""]
+        lines += [_account(record, "github"), ""]
     return "\n".join(lines)
 
 
@@ -85,6 +92,45 @@ def _source(records: Sequence[Record]) -> str:
     return "; ".join([*listed, *packages])
 
 
+def _account(record: Record, form: str) -> str:
+    """The kernels of a step and its idle gaps, as two tables."""
+    from tabulate import tabulate
+
+    name, found = record["implementation"], record["profile"]
+    if found is None:
+        return f"{name}: {record['status']}: {record['reason']}"
+    unit = found["gemm_us"]
+
+    def line(label: str, us: float, calls: str = "") -> list[str]:
+        return [_cut(label), calls, f"{us:,.1f}", _number(us / unit if unit else None)]
+
+    rows = [line(each["name"], each["us"], f"{each['calls']:g}") for each in found["kernels"]]
+    rows.append(line("all kernels", found["kernels_us"]))
+    rows.append(line("first kernel's start to last one's end", found["span_us"]))
+    rows.append(line("the step, from start to end", found["step_us"]))
+    rows.append(line("of it idle", found["idle_us"]))
+    headers = (f"kernels of {name}", "calls", "us", "gemms")
+    gaps = [
+        [f"{gap['us']:,.1f}", f"{gap['at_us']:,.1f}", _cut(gap["before"]), _cut(gap["after"])]
+        for gap in found["gaps"]
+    ]
+    about = f"{name}: {found['runs']} runs"
+    about += f", gemm {unit:,.1f} us" if unit else ", no gemm"
+    kernels = tabulate(rows, headers, tablefmt=form, disable_numparse=True)
+    idle = tabulate(
+        gaps,
+        ("idle us", "at us", "kernel before", "kernel after"),
+        tablefmt=form,
+        disable_numparse=True,
+    )
+    return f"{about}\n\n{kernels}\n\n{idle}"
+
+
+def _cut(name: str) -> str:
+    """A name that fits into a cell: kernels' differ at either end."""
+    return name if len(name) <= 64 else f"{name[:40]}...{name[-21:]}"
+
+
 def _row(records: Sequence[Record], every: Sequence[Record]) -> list[str]:
     """One implementation on one case; several records are repetitions."""
 
@@ -97,7 +143,7 @@ def _row(records: Sequence[Record], every: Sequence[Record]) -> list[str]:
 
     return [
         records[0]["implementation"],
-        cell(lambda record: _number(record["gemm"] and record["gemm"]["ms"])),
+        cell(_unit),
         cell(lambda record: _timing(record["forward"])),
         cell(lambda record: _timing(record["both"])),
         cell(_memory),
@@ -112,15 +158,20 @@ def _number(value: float | None) -> str:
     return f"{value:.3g}" if value < 1 else f"{value:.2f}"
 
 
+def _unit(record: Record) -> str:
+    """Milliseconds of the product between the runs of forward + backward, or else of forward."""
+    timing = record["both"] or record["forward"]
+    return _number(timing and timing["gemm"] and timing["gemm"]["median_ms"])
+
+
 def _timing(timing: dict | None) -> str:
     """Gemms with their spread; milliseconds where there is no gemm to compare with."""
     if timing is None:
         return "-"
     if timing["gemms"] is None:
         return f"{_number(timing['median_ms'])} ms"
-    unit = timing["median_ms"] / timing["gemms"]
-    low, high = timing["low_ms"] / unit, timing["high_ms"] / unit
-    return f"{_number(timing['gemms'])} ({_number(low)}-{_number(high)})"
+    gemms, low, high = (_number(timing[name]) for name in ("gemms", "gemms_low", "gemms_high"))
+    return f"{gemms} ({low}-{high})"
 
 
 def _memory(record: Record) -> str:
@@ -141,12 +192,10 @@ def _note(record: Record, every: Sequence[Record]) -> str:
     notes = []
     if record["status"] != "ok":
         notes.append(f"{record['status']}: {record['reason']}")
-    gemm = record["gemm"] or {}
-    before, after = gemm.get("before"), gemm.get("after")
-    if before and after:
-        drift = after["median_ms"] / before["median_ms"] - 1
-        if abs(drift) > _DRIFT:
-            notes.append(f"gemm drifted by {100 * drift:+.0f}%")
+    apart = record.get("gemm") or {}  # of schema 1 alone
+    if apart.get("before") and apart.get("after"):
+        drift = apart["after"]["median_ms"] / apart["before"]["median_ms"] - 1
+        notes.append(f"gemm measured apart, drift {100 * drift:+.0f}%")
     if record["host"]:
         us = [record["host"][name] for name in ("forward_us", "backward_us")]
         notes.append("host " + " + ".join(f"{each:.0f}" for each in us if each) + " us")
