@@ -372,6 +372,44 @@ def test_a_head_that_says_nothing_yet(impl: str, scale: float) -> None:
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("heavy", [0.1, 12.0], ids=["fewer-kept", "more-kept"])
+@pytest.mark.parametrize("into", [False, True], ids=["own", "accumulated"])
+def test_columns_taken_before_their_number_is_known(impl: str, heavy: float, into: bool) -> None:
+    """As without them, be the kept rows fewer or more; also those in rows of dC that are lent."""
+    tile = backend(impl).tile_rows(torch.empty(0, device=DEVICE))
+    vocab, rows, random = 64 * tile, int(heavy * tile), torch.Generator().manual_seed(1)
+    weight = 0.1 * torch.randn(vocab, 24, generator=random)
+    # The last ones among them.
+    ids = torch.cat([torch.randperm(vocab, generator=random)[:rows], vocab - 1 - torch.arange(9)])
+    weight[ids] += 2 + 0.3 * torch.randn(len(ids), 24, generator=random)
+    input = 0.5 + 0.2 * torch.randn(70, 24, generator=random)
+    target = torch.randint(0, vocab, (70,), generator=random).to(DEVICE)
+
+    def gradients() -> tuple[Tensor, Tensor, float]:
+        leaves = [each.to(DEVICE).requires_grad_() for each in (input, weight)]
+        out = torch.ones(vocab, 24, device=DEVICE) if into else None
+        loss, stats = cce_tp.linear_cross_entropy(
+            *leaves, target, impl=impl, return_stats=True, grad_weight_out=out, **far(0.3)
+        )
+        loss.backward()
+        dE, dC = (each.grad for each in leaves)
+        assert dE is not None and stats.tiles_kept is not None
+        made = out if dC is None else dC
+        assert made is not None
+        return dE, made, float(stats.tiles_kept) * 64 * tile
+
+    with mock.patch.object(backward, "plan_head", wraps=backward.plan_head) as plan:
+        taken = gradients()
+    # plan_head is a cached function: asked once more, it answers the same.
+    head = backward.plan_head(*plan.call_args.args)
+    assert head is not None and (taken[2] < head.columns) == (heavy < 1)
+    with mock.patch.object(backward, "plan_head", return_value=None):
+        without = gradients()
+    assert relative_error(taken[0], without[0]) < 1e-5
+    assert relative_error(taken[1], without[1]) < 1e-5
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_an_unlikely_shard_is_as_uneven_as_any(pool: RankPool, impl: str) -> None:
     """60 nats below the other shard: its masses are tiny, but not even."""
     answers = pool.run(unlikely_shard, impl, ranks=2)
