@@ -42,6 +42,14 @@ def _line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("run --shape 8,8,8 --implementations ours", "--implementations: expected names among"),
         ("run --shape 8,8,8 --shard 8/8", "--shard: expected r/W with 0 <= r < W <= V=8, got 8/8"),
         ("run --shape 8,8,8 --shard one", "--shard: expected r/W such as 0/8, got 'one'"),
+        ("run --shape 8,8,8 --shards-of 9", "--shards-of: expected 1 <= W <= V=8, got 9"),
+        ("run --shape 8,8,8 --shards-of 2 --shard 0/2", "--shards-of: expected without --shard"),
+        ("run --shape 8,8,8 --ids interleaved", "--ids: expected together with --shards-of"),
+        (
+            "run --shape 8,8,8 --shards-of 2 --ids natural,odd",
+            "--ids: expected orders among natural, interleaved, got 'odd'",
+        ),
+        ("run --suite shards --shards-of 2", "--shards-of: expected without --suite"),
         (
             "run --shape 8,8,8 --tensor-parallel 1,x",
             "--tensor-parallel: expected sizes such as 1,2,4, got '1,x'",

@@ -542,7 +542,7 @@ def probes(input: Tensor, step: int) -> Tensor:
     num_tokens, hidden = input.shape
     count = 1 + ceil_div(num_tokens, step)
     out = input.new_empty(count, hidden)
-    block_d = 32
+    block_d = 16  # narrow columns: as many programs as there are multiprocessors
     launch(
         probes_kernel,
         ceil_div(hidden, block_d),
@@ -554,7 +554,7 @@ def probes(input: Tensor, step: int) -> Tensor:
         step=step,
         stride_input=input.stride(0),
         BLOCK_P=triton.next_power_of_2(count - 1),
-        BLOCK_N=128,
+        BLOCK_N=512,
         BLOCK_D=block_d,
         num_warps=8,
     )

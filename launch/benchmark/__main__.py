@@ -27,6 +27,7 @@ from typing import Any, NoReturn
 from launch.benchmark.catalogue import (
     DEFAULT_TOKENS,
     DTYPES,
+    IDS,
     IMPLEMENTATIONS,
     INPUTS,
     MODELS,
@@ -36,6 +37,7 @@ from launch.benchmark.catalogue import (
     parse_implementations,
     parse_shard,
     parse_sizes,
+    played_cases,
 )
 from launch.benchmark.suites import SUITES, suite
 
@@ -99,6 +101,8 @@ def _add_case_arguments(command: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, help="of inputs (bf16)")
     add("--tf32", action="store_true", help="fp32 products in TF32")
     add("--shard", metavar="r/W", help="only the rows of rank r of W, without a group")
+    add("--shards-of", type=int, metavar="W", help="each rank of a group of W, played in turn")
+    add("--ids", metavar="ORDER,...", help=f"on the ranks of --shards-of: {', '.join(IDS)}")
     add("--tensor-parallel", metavar="W,...", help="ranks that hold the vocabulary (all there are)")
     add("--sequence-parallel", action="store_true", help="each rank holds a part of the tokens")
     add("--implementations", metavar="NAME,...", help="default: all; names below")
@@ -158,8 +162,13 @@ def cases(args: argparse.Namespace, snapshot: Any, world_size: int) -> list[Case
         raise ValueError(f"--tokens: expected a positive integer, got {args.tokens}")
     if not args.seconds_per_case > 0:
         raise ValueError(f"--seconds-per-case: expected a number > 0, got {args.seconds_per_case}")
-    if args.shard and world_size > 1:
-        raise ValueError(f"--shard: expected one process, got {world_size} ranks")
+    for flag, given in (("--shard", args.shard), ("--shards-of", args.shards_of)):
+        if given is not None and world_size > 1:
+            raise ValueError(f"{flag}: expected one process, got {world_size} ranks")
+    if args.shards_of is not None and args.shard:
+        raise ValueError("--shards-of: expected without --shard")
+    if args.shards_of is None and args.ids:
+        raise ValueError("--ids: expected together with --shards-of")
     options = Options(**{name: getattr(args, name) for name in _OPTION_FLAGS})
     names = parse_implementations(args.implementations)
     if args.suite:
@@ -179,7 +188,8 @@ def cases(args: argparse.Namespace, snapshot: Any, world_size: int) -> list[Case
             raise ValueError("--snapshot: expected without --model, --shape and --inputs")
         shape = snapshot.shape
         shape = Shape(min(args.tokens or shape.tokens, shape.tokens), shape.hidden, shape.vocab)
-        return [Case(shape=shape, inputs="snapshot", ranks=size, **common) for size in sizes]
+        found = [Case(shape=shape, inputs="snapshot", ranks=size, **common) for size in sizes]
+        return _played(args, found)
     common["inputs"] = args.inputs or "random"
     tokens = args.tokens or DEFAULT_TOKENS
     found = [Case(shape=Shape.of_model(name, tokens), name=name, **common) for name in args.model]
@@ -187,7 +197,13 @@ def cases(args: argparse.Namespace, snapshot: Any, world_size: int) -> list[Case
     found = [replace(case, ranks=size) for case in found for size in sizes]
     if not found:
         raise ValueError("--model, --shape, --snapshot or --suite: expected one of them, got none")
-    return found
+    return _played(args, found)
+
+
+def _played(args: argparse.Namespace, found: list[Case]) -> list[Case]:
+    if args.shards_of is None:
+        return found
+    return [each for case in found for each in played_cases(case, args.shards_of, args.ids)]
 
 
 def _team_sizes(args: argparse.Namespace, world_size: int) -> tuple[int | None, ...]:
@@ -213,6 +229,7 @@ def _suite_cases(
         **{"--model": args.model, "--shape": args.shape, "--snapshot": args.snapshot},
         **{"--tokens": args.tokens, "--dtype": args.dtype, "--tf32": args.tf32},
         **{"--shard": args.shard, "--host-time": args.host_time},
+        **{"--shards-of": args.shards_of, "--ids": args.ids},
         **{"--tensor-parallel": args.tensor_parallel},
         **{"--sequence-parallel": args.sequence_parallel},
         **{f"--{name.replace('_', '-')}": True for name in options.changed()},

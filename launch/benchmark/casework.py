@@ -6,6 +6,7 @@ Legend: N tokens, D hidden size, V global vocabulary, V_local rows of this rank.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -21,6 +22,7 @@ from launch.benchmark.measure import Comparison, Meter, Timing
 from launch.benchmark.outcome import Outcome, attempt
 from launch.benchmark.parallel import World
 from launch.benchmark.peers import NotAvailable, Problem
+from launch.benchmark.played import Part, PlayedGroup
 from launch.benchmark.steps import Steps, alone, even_rows
 
 T = TypeVar("T")
@@ -44,6 +46,8 @@ class CaseWork:
         self.rows = even_rows(case.shape.vocab, rank, ranks)
         self.outcomes: dict[str, Outcome] = {}
         self._losses: dict[str, Any] = {}
+        self._group: PlayedGroup | None = None
+        self._parts: dict[str, Part] = {}
         self._errors: dict[str, dict[str, float]] = {}
         self._collectives: dict[str, float] | None = None
 
@@ -53,22 +57,27 @@ class CaseWork:
         Under a group the targets are global; a shard alone is a problem of its own.
         """
         case, device = self.case, self.world.device
+        rows = (0, case.shape.vocab) if case.played else self.rows
 
         def make() -> Inputs:
             if case.sequence_parallel and case.shape.tokens % self.team.size:
                 raise NotAvailable(f"equal parts of {case.shape.tokens} tokens do not exist")
             if snapshot is not None:
-                return take(snapshot, case.shape.tokens, self.rows, case.dtype, device)
-            return make_inputs(case.inputs, case.shape, self.rows, case.dtype, device, seed)
+                return take(snapshot, case.shape.tokens, rows, case.dtype, device)
+            return make_inputs(case.inputs, case.shape, rows, case.dtype, device, seed)
 
         outcome, made = attempt(self.world, make)
         if made is None:
             outcome.reason = f"the inputs: {outcome.reason}"
             return outcome
-        self.inputs = made if case.shard is None else alone(made, self.rows[0])
+        self.inputs, self.vocab = made, case.shape.vocab
+        if case.shard is not None and case.played:
+            self._group = PlayedGroup(made, case, self._problem(None, self.vocab))
+            self.inputs = self._group.inputs(case.shard[0])
+        elif case.shard is not None:
+            self.inputs, self.vocab = alone(made, self.rows[0]), made.weight.shape[0]
         # What this rank passes to the loss.
         self.own = replace(self.inputs, input=self._part(self.inputs.input))
-        self.vocab = case.shape.vocab if case.shard is None else made.weight.shape[0]
         return outcome
 
     def _part(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -79,14 +88,7 @@ class CaseWork:
 
     def gate(self, names: list[str]) -> Outcome:
         """Build every implementation and compare it with fp32; fills `outcomes`."""
-        case = self.case
-        start = self.rows[0] if case.shard is None else 0
-        outcome, want = attempt(
-            self.world,
-            lambda: reference.compute(
-                self.inputs, case.options, start, self.vocab, self.team.group
-            ),
-        )
+        outcome, want = attempt(self.world, self._reference)
         if want is None:
             outcome.reason = f"the fp32 reference: {outcome.reason}"
             return outcome
@@ -96,13 +98,28 @@ class CaseWork:
             self.outcomes[name] = self._gate_one(name, want)
         return outcome
 
+    def _reference(self) -> reference.Results:
+        if self._group is not None:
+            return self._group.reference()
+        start = self.rows[0] if self.case.shard is None else 0
+        return reference.compute(self.inputs, self.case.options, start, self.vocab, self.team.group)
+
+    def _results(self, name: str) -> reference.Results:
+        """Build an implementation, and run it once."""
+        entry = self.table[name]
+        if self._group is not None:
+            self._parts[name], results = self._group.play(entry)
+            self._losses[name] = self._parts[name].loss
+            return results
+        self._losses[name] = entry.prepare(self._problem(self.team.group, self.vocab))
+        steps = Steps(self._losses[name], self.own, self.case.options)
+        return steps.results(self.case.options.forward_only)
+
     def _gate_one(self, name: str, want: reference.Results) -> Outcome:
         case, entry = self.case, self.table[name]
 
         def compare() -> dict[str, float]:
-            self._losses[name] = entry.prepare(self._problem(self.team.group, self.vocab))
-            steps = Steps(self._losses[name], self.own, case.options)
-            found = reference.errors(steps.results(case.options.forward_only), want)
+            found = reference.errors(self._results(name), want)
             return {key: value if value == value else torch.inf for key, value in found.items()}
 
         outcome, mine = attempt(self.world, compare)
@@ -168,8 +185,12 @@ class CaseWork:
             found["gate"] = {"errors": self._errors[name], "limits": limits}
         if self.outcomes[name].status != "ok":
             return found
-        loss = self._losses.pop(name)
-        outcome, more = attempt(self.world, lambda: work(Steps(loss, self.own, self.case.options)))
+        loss, part = self._losses.pop(name), self._parts.pop(name, None)
+        with nullcontext() if part is None else part.in_group():
+            steps = Steps(loss, self.own, self.case.options)
+            outcome, more = attempt(self.world, lambda: work(steps))
+        if part is not None:
+            found["played"] = {"ids": self.case.played, **part.about}
         self.outcomes[name] = outcome
         return found | (more or {})
 
@@ -202,7 +223,7 @@ class CaseWork:
 
         Those are measured beside the product as well, so that they run at the same clocks.
         """
-        ours = self.table[name].package == "cce-tp"
+        ours = self.table[name].ours
         without = self._at_hand(steps) if ours else self._on_their_own(name)
         found: dict[str, Any] = self.about_ranks() or {}
         for key, timing in together.items():

@@ -8,11 +8,13 @@ Legend: N tokens, D hidden size, V vocabulary rows.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 DEFAULT_TOKENS = 8192
 DTYPES = ("bf16", "fp16", "fp32")
 INPUTS = ("random", "peaked")
+# How the ids lie on ranks that one process plays: in blocks, or every W-th on a rank.
+IDS = ("natural", "interleaved")
 
 # Name -> (D, V) of a model's output layer.
 MODELS = {
@@ -156,6 +158,8 @@ class Case:
         inputs: one of INPUTS, or "snapshot".
         options: of the loss.
         shard: (rank, ranks): measure this rank's rows alone, without a group; or None.
+        played: one of IDS: the shard belongs to a group that this process plays, and the softmax
+            is the group's; None: a shard is a problem of its own.
         ranks: how many hold the vocabulary between them; None: all that there are.
         sequence_parallel: each of them holds a part of the tokens' hidden states.
         host_time: measure the host's time per call as well.
@@ -170,6 +174,7 @@ class Case:
     inputs: str = "random"
     options: Options = field(default_factory=Options)
     shard: tuple[int, int] | None = None
+    played: str | None = None
     ranks: int | None = None
     sequence_parallel: bool = False
     host_time: bool = False
@@ -197,6 +202,26 @@ def parse_shard(text: str) -> tuple[int, int]:
     if not (slash and rank.isdecimal() and ranks.isdecimal()):
         raise ValueError(f"--shard: expected r/W such as 0/8, got {text!r}")
     return int(rank), int(ranks)
+
+
+def played_cases(case: Case, ranks: int, ids: str | None) -> list[Case]:
+    """One case for each of the ranks that hold it, in each order that `ids` lists.
+
+    Raises:
+        ValueError: no number of ranks that could hold it, or an unknown order.
+    """
+    vocab = case.shape.vocab
+    if not 1 <= ranks <= vocab:
+        raise ValueError(f"--shards-of: expected 1 <= W <= V={vocab}, got {ranks}")
+    orders = tuple(dict.fromkeys(part.strip() for part in (ids or IDS[0]).split(",")))
+    for order in orders:
+        if order not in IDS:
+            raise ValueError(f"--ids: expected orders among {', '.join(IDS)}, got {order!r}")
+    return [
+        replace(case, shard=(rank, ranks), played=order)
+        for order in orders
+        for rank in range(ranks)
+    ]
 
 
 def parse_sizes(text: str) -> tuple[int, ...]:

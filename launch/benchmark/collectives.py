@@ -1,4 +1,5 @@
-"""This library's collectives: what they take by themselves, and a step that need not wait for them.
+"""This library's collectives: what they take by themselves, steps that need not wait for them, and
+a group whose ranks one process plays.
 
 Legend: N tokens, D hidden size, W ranks, R rows of statistics.
 """
@@ -90,6 +91,51 @@ def at_hand(step: Callable[[], Any]) -> Iterator[None]:
         InputGradReduction=lambda partial, out, group_name: silent(partial, out, ""),
     ):
         yield
+
+
+class Played:
+    """The collectives of a group whose ranks one process plays, one after the other.
+
+    Every rank brings its statistics first; then what the all-gather would give is at hand to each
+    rank, which merges it in its own step, as in the group. Sums over the ranks are left out.
+    """
+
+    def __init__(self) -> None:
+        self._brought: dict[stats.StatRows, dict[int, Tensor]] = {}
+
+    @contextlib.contextmanager
+    def bring(self, rank: int) -> Iterator[None]:
+        """While this is open, losses leave the statistics of this rank; their values are void."""
+
+        def merge(packed: Tensor, rows: stats.StatRows, group_name: str) -> Tensor:
+            del group_name
+            self._brought.setdefault(rows, {})[rank] = packed.clone()
+            return packed
+
+        with _replaced(merge_over_group=merge, **_NOTHING_TO_SAY):
+            yield
+
+    @contextlib.contextmanager
+    def at_hand(self) -> Iterator[None]:
+        """While this is open, a rank's loss is that of the group; its dE is its own part."""
+        gathered = {
+            rows: torch.stack([parts[rank] for rank in sorted(parts)])
+            for rows, parts in self._brought.items()
+        }
+
+        def merge(packed: Tensor, rows: stats.StatRows, group_name: str) -> Tensor:
+            del packed, group_name
+            return stats.merge(gathered[rows], rows)
+
+        with _replaced(merge_over_group=merge, **_NOTHING_TO_SAY):
+            yield
+
+
+# One process agrees with itself.
+_NOTHING_TO_SAY = {
+    "agree": lambda group_name, offer: None,
+    "sum_over_group": lambda local, group_name: local,
+}
 
 
 def _replaced(**functions: Any) -> Any:

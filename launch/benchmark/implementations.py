@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cce_tp import GradFilter, LinearCrossEntropyLoss, VocabShard
+from cce_tp import GradFilter, LinearCrossEntropyLoss, LossStats, VocabShard
 from launch.benchmark import peers
 from launch.benchmark.catalogue import IMPLEMENTATIONS, Options
 from launch.benchmark.peers import NotAvailable, Operands, Problem
@@ -53,6 +53,11 @@ class Implementation:
     cuda: bool = False
     compiled: bool = False
 
+    @property
+    def ours(self) -> bool:
+        """Whether it is this library, whose collectives can be replaced."""
+        return self.package == "cce-tp"
+
     def prepare(self, problem: Problem) -> Callable[[Operands], Tensor]:
         """Build it for a problem.
 
@@ -66,25 +71,62 @@ class Implementation:
             raise NotAvailable("takes no vocabulary that is split over ranks")
         if problem.sequence_parallel and not self.sequence_parallel:
             raise NotAvailable("takes no tokens that are split over ranks")
+        if problem.rows is not None and not self.ours:
+            raise NotAvailable("has collectives that one process cannot play")
         loss = self.build(problem)
         if self.cuda and problem.device.type != "cuda":
             raise NotAvailable("needs a CUDA device")
         return loss
 
 
-def _ours(make_filter: Callable[[], GradFilter]) -> Callable[[Problem], Any]:
-    def build(problem: Problem) -> Callable[[Operands], Tensor]:
+def _shard(problem: Problem) -> VocabShard | None:
+    if problem.rows is not None:
+        # The sum of dE is nothing to a rank's own work, so it keeps its part.
+        start, stop = problem.rows
+        return VocabShard(start, stop, problem.vocab, problem.some_group(), reduce_input_grad=False)
+    if problem.group is None:
+        return None
+    even = VocabShard.even(problem.vocab, problem.group)
+    return replace(even, sequence_parallel=problem.sequence_parallel)
+
+
+@dataclass(frozen=True, slots=True)
+class Ours:
+    """This library's loss."""
+
+    loss: LinearCrossEntropyLoss
+
+    def __call__(self, operands: Operands) -> Tensor:
+        """The mean loss."""
+        answer = self._call(operands, self.loss)
+        return answer[0] if isinstance(answer, tuple) else answer
+
+    def statistics(self, operands: Operands) -> LossStats:
+        """Of the logits, whether they are asked for or not."""
+        options = {**self.loss.options, "return_stats": True}
+        loss = LinearCrossEntropyLoss(vocab_shard=self.loss.vocab_shard, **options)
+        return self._call(operands, loss)[1]
+
+    @staticmethod
+    def _call(operands: Operands, loss: LinearCrossEntropyLoss) -> Any:
+        return loss(
+            operands.input,
+            operands.weight,
+            operands.target,
+            linear_bias=operands.bias,
+            grad_weight_out=operands.grad_weight_out,
+        )
+
+
+def _ours(make_filter: Callable[[], GradFilter]) -> Callable[[Problem], Ours]:
+    def build(problem: Problem) -> Ours:
         options = problem.options
-        shard = None
-        if problem.group is not None:
-            even = VocabShard.even(problem.vocab, problem.group)
-            shard = replace(even, sequence_parallel=problem.sequence_parallel)
         cap, chosen = options.workspace_mib, make_filter()
         if options.keep_logits_mib > 0 and chosen.kind != "exact":
             raise NotAvailable("logits are kept with the exact filter alone")
         try:
             loss = LinearCrossEntropyLoss(
-                vocab_shard=shard,
+                vocab_shard=_shard(problem),
                 grad_filter=chosen,
                 label_smoothing=options.label_smoothing,
                 z_loss=options.z_loss,
@@ -95,18 +137,7 @@ def _ours(make_filter: Callable[[], GradFilter]) -> Callable[[Problem], Any]:
             )
         except NotImplementedError as error:
             raise NotAvailable(str(error)) from error
-
-        def call(operands: Operands) -> Tensor:
-            answer = loss(
-                operands.input,
-                operands.weight,
-                operands.target,
-                linear_bias=operands.bias,
-                grad_weight_out=operands.grad_weight_out,
-            )
-            return answer[0] if isinstance(answer, tuple) else answer
-
-        return call
+        return Ours(loss)
 
     return build
 

@@ -34,6 +34,8 @@ class Problem:
         group: process group over which the vocabulary is split evenly, or None.
         own_group: makes a process group of this rank alone, for what takes no None.
         sequence_parallel: every rank holds an equal part of the tokens' hidden states.
+        rows: [start, stop) of a rank that this process plays, whose collectives are replaced; or
+            None.
     """
 
     vocab: int
@@ -42,6 +44,7 @@ class Problem:
     group: Any
     own_group: Callable[[], Any]
     sequence_parallel: bool = False
+    rows: tuple[int, int] | None = None
 
     def some_group(self) -> Any:
         """The group, or one of this rank alone."""

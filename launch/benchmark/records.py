@@ -18,6 +18,7 @@ Schema 2. A record is the measurement of one implementation on one case:
 | `inputs` | `kind` ("random", "peaked", "snapshot"), `seed` or `snapshot` (its name) |
 | `options` | those that are not at their defaults, see `catalogue.Options` |
 | `shard` | [r, W]: rank r's rows of W, measured without a group; or null |
+| `played` | null, or of a shard of a group that one process plays: see below |
 | `gate` | `errors` by name (null: not finite), `limits`: see `reference.py`; or null |
 | `forward`, `both` | timings of the forward pass without gradients, and of forward + backward |
 | `profile` | the kernels of a step, see below; null in a timing |
@@ -42,6 +43,11 @@ wall clock), `idle_us` (of it, when no kernel ran), `gemm_us` (the kernels of on
 once after each run; or null) and `gaps` (the largest of the run whose idle time is the median:
 `at_us` from the step's start, `us`, names of the kernels `before` and `after`). Under a group they
 are rank 0's. Without a GPU operators stand for kernels.
+`played`: `ids` ("natural", or "interleaved": rank r holds the ids r, r + W, ...), and of these rows
+`tiles_kept` (share of the tiles) and `far_mass` (mass per token that is left), null but for the far
+field. Times are those of the rank's own work, the results of its collectives being at hand; the
+loss is the group's, and the error of dE that of the sum over the ranks, in fp32. Absent in
+older files.
 
 `ranks`: `world_size` (how many hold the vocabulary between them), `processes` (how many measure
 together: `processes / world_size` teams, all at once), `backend`, `sequence_parallel`,
@@ -132,6 +138,7 @@ def case_key(record: Record, *, without: Iterable[str] = ()) -> str:
     parts = {
         **{name: record["shape"][name] for name in ("tokens", "hidden", "vocab")},
         **{name: record[name] for name in ("suite", "dtype", "tf32", "inputs", "options", "shard")},
+        "played": played_ids(record),
         "hardware": record["hardware"]["name"],
         "world_size": (record["ranks"] or {}).get("world_size", 1),
         "sequence_parallel": (record["ranks"] or {}).get("sequence_parallel", False),
@@ -139,6 +146,11 @@ def case_key(record: Record, *, without: Iterable[str] = ()) -> str:
     for name in without:
         del parts[name]
     return json.dumps(parts, sort_keys=True)
+
+
+def played_ids(record: Record) -> str | None:
+    """How the ids lie on the ranks of a group that was played; None: it was not."""
+    return (record.get("played") or {}).get("ids")
 
 
 def dtype_label(record: Record) -> str:
@@ -155,6 +167,8 @@ def case_label(record: Record) -> str:
     words.append(record["inputs"].get("snapshot") or record["inputs"]["kind"])
     if record["shard"]:
         words.append("rows of rank {} of {}".format(*record["shard"]))
+    if played_ids(record):
+        words.append(f"{played_ids(record)} ids in a group")
     for name, value in record["options"].items():
         words.append(name if value is True else f"{name}={value:g}")
     if record["ranks"]:

@@ -51,7 +51,24 @@ def matmul_precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
-def compute(inputs: Inputs, options: Options, start: int, vocab: int, group: Any) -> Results:
+# (N,) each, over the whole vocabulary: log-sum-exp, target's logit, sum of the logits.
+Statistics = tuple[Tensor, Tensor, Tensor]
+
+
+def statistics(inputs: Inputs, options: Options, vocab: int) -> Statistics:
+    """What the parts of a vocabulary need to know of the whole, which `inputs` hold."""
+    with torch.no_grad(), matmul_precision("highest"):
+        return _Reference(inputs, options, 0, vocab, None).statistics()
+
+
+def compute(
+    inputs: Inputs,
+    options: Options,
+    start: int,
+    vocab: int,
+    group: Any,
+    whole: Statistics | None = None,
+) -> Results:
     """The fp32 reference.
 
     Args:
@@ -60,9 +77,10 @@ def compute(inputs: Inputs, options: Options, start: int, vocab: int, group: Any
         start: global id of the first row held here.
         vocab: V.
         group: process group that holds the vocabulary, or None for one rank.
+        whole: of a vocabulary of which only a part is held, without a group; dE is that part's.
     """
     with torch.no_grad(), matmul_precision("highest"):
-        return _Reference(inputs, options, start, vocab, group).results()
+        return _Reference(inputs, options, start, vocab, group).results(whole)
 
 
 class _Reference:
@@ -75,9 +93,9 @@ class _Reference:
         self.tokens = [slice(n, min(n + _TOKENS, tokens)) for n in range(0, tokens, _TOKENS)]
         self.rows = [slice(v, min(v + _ROWS, rows)) for v in range(0, rows, _ROWS)]
 
-    def results(self) -> Results:
+    def results(self, whole: Statistics | None) -> Results:
         """Loss, and gradients unless only the forward pass is asked for."""
-        lse, target_logit, logit_sum = self._statistics()
+        lse, target_logit, logit_sum = self.statistics() if whole is None else whole
         options, alpha = self.options, self.options.label_smoothing
         loss = lse - (1 - alpha) * target_logit - alpha / self.vocab * logit_sum
         loss = (loss + options.z_loss * lse.square()).mean()
@@ -112,8 +130,8 @@ class _Reference:
         (here,) = ((column >= 0) & (column < v.stop - v.start)).nonzero(as_tuple=True)
         return here, column[here]
 
-    def _statistics(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(N,) each, over the whole vocabulary: log-sum-exp, target's logit, sum of the logits."""
+    def statistics(self) -> Statistics:
+        """Of the rows held here, and of the others of the group."""
         device = self.inputs.input.device
         lse, target_logit, logit_sum = torch.zeros(3, len(self.inputs.target), device=device)
         lse.fill_(-torch.inf)

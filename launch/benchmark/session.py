@@ -110,6 +110,9 @@ class Session:
             "inputs": inputs,
             "options": case.options.changed(),
             "shard": case.shard,
+            "played": None,
             **dict.fromkeys(("gate", "forward", "both", "host", "profile", "ranks")),
         }
+        if case.played is not None:
+            record["played"] = {"ids": case.played, "tiles_kept": None, "far_mass": None}
         return record | fields

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,8 @@ from launch.benchmark.inputs import Inputs
 from launch.benchmark.measure import HOST_CALLS
 from launch.benchmark.peers import Loss, Operands
 from launch.benchmark.reference import Results
+
+T = TypeVar("T")
 
 
 def even_rows(vocab: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -64,13 +66,21 @@ class Steps:
 
     def forward(self) -> None:
         """The loss, nothing requiring a gradient."""
+        self.without_gradients(self._loss)
+
+    def without_gradients(self, function: Callable[[Operands], T]) -> T:
+        """Something else of the same operands."""
         with torch.no_grad():
-            self._loss(self._plain)
+            return function(self._plain)
+
+    def training_forward(self) -> Tensor:
+        """The loss as in training, ready for a backward pass."""
+        return self._loss(self._leaves)
 
     def both(self) -> None:
         """The loss and its gradients, which stay in the operands."""
         self.release()
-        self._loss(self._leaves).backward()
+        self.training_forward().backward()
 
     def release(self) -> int:
         """Drop the gradients; returns their bytes. `grad_weight_out` is an input."""
@@ -83,11 +93,10 @@ class Steps:
     def results(self, forward_only: bool) -> Results:
         """One pass for the gate."""
         if forward_only:
-            with torch.no_grad():
-                return Results(self._loss(self._plain).detach())
+            return Results(self.without_gradients(self._loss))
         self.release()
         operands = self._leaves
-        loss = self._loss(operands)
+        loss = self.training_forward()
         loss.backward()
         out, bias = operands.grad_weight_out, operands.bias
         return Results(
@@ -99,12 +108,12 @@ class Steps:
 
     def host_forward(self) -> list[Callable[[], Any]]:
         """Forward passes as in training, for `Meter.host_us`."""
-        return [partial(self._loss, self._leaves)] * HOST_CALLS
+        return [self.training_forward] * HOST_CALLS
 
     def host_backward(self) -> list[Callable[[], Any]]:
         """Backward passes of as many losses; gradients are not accumulated."""
         leaves = self._tensors()
-        losses = [self._loss(self._leaves) for _ in range(HOST_CALLS)]
+        losses = [self.training_forward() for _ in range(HOST_CALLS)]
         return [partial(torch.autograd.grad, each, leaves, allow_unused=True) for each in losses]
 
     def _tensors(self) -> list[Tensor]:

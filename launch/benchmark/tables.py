@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from launch.benchmark import scaling
-from launch.benchmark.records import Record, case_key, case_label, source_label
+from launch.benchmark.records import Record, case_key, case_label, played_ids, source_label
+from launch.benchmark.shards import critical_paths, share_of_whole
 
 _HEADERS = (
     *("implementation", "gemm ms", "forward", "forward + backward", "MiB"),
@@ -31,7 +32,8 @@ def markdown(files: Sequence[Sequence[Record]]) -> str:
 
     Suites that compare implementations have a table per case, sweeps one with a line per case and
     implementation. What is not available is said below a table. Records of several ranks have a
-    table of how they scale as well. Profiles come last, each by itself.
+    table of how they scale as well, those of a group that was played one of its slowest ranks.
+    Profiles come last, each by itself.
     """
     given = [record for records in files for record in records]
     every = [record for record in given if record["kind"] == "timing"]
@@ -39,14 +41,17 @@ def markdown(files: Sequence[Sequence[Record]]) -> str:
     lines: list[str] = []
     for suite in dict.fromkeys(record["suite"] for record in every):
         here = [record for record in every if record["suite"] == suite]
-        keys = dict.fromkeys(case_key(record) for record in here)
-        cases = [[record for record in here if case_key(record) == key] for key in keys]
+        played = [record for record in here if played_ids(record)]
+        cases = _cases([record for record in here if not played_ids(record)])
         lines += [f"## {suite or 'cases'}", ""]
         if suite in _COMPARISONS:
             for case in cases:
                 lines += [f"### {case_label(case[0])}", "", *_table([case], every)]
-        else:
+        elif cases:
             lines += _table(cases, every)
+        if played:
+            lines += ["### Rank by rank", "", *_table(_cases(played), every)]
+            lines += ["Critical paths:", "", critical_paths(played, every), ""]
         if scaling.is_scaling(here):
             lines += ["Over several ranks:", "", scaling.markdown(here), ""]
     if profiles:
@@ -55,6 +60,11 @@ def markdown(files: Sequence[Sequence[Record]]) -> str:
         lines += [f"### {case_label(record)}", "", _source([record]), ""]
         lines += [_account(record, "github"), ""]
     return "\n".join(lines)
+
+
+def _cases(records: Sequence[Record]) -> list[list[Record]]:
+    keys = dict.fromkeys(case_key(record) for record in records)
+    return [[record for record in records if case_key(record) == key] for key in keys]
 
 
 def _table(cases: Sequence[Sequence[Record]], every: Sequence[Record]) -> list[str]:
@@ -205,29 +215,10 @@ def _note(record: Record, every: Sequence[Record]) -> str:
         shown = " and ".join(f"{each:.2f}" for each in exposed if each is not None)
         notes.append(f"the group adds {shown} ms")
         notes += [f"{name} alone {ms:.2f} ms" for name, ms in ranks["collectives_ms"].items()]
+    kept = (record.get("played") or {}).get("tiles_kept")
+    if kept is not None:
+        notes.append(f"keeps {100 * kept:.1f}% of its tiles")
     share = share_of_whole(record, every)
     if share is not None:
         notes.append(f"{share:.2f} of 1/{record['shard'][1]} of the whole")
     return "; ".join(notes)
-
-
-def share_of_whole(record: Record, every: Sequence[Record]) -> float | None:
-    """Forward + backward of a shard against 1/W of the whole vocabulary's, both in ms.
-
-    The whole is the last record of the same case without a shard; None without one.
-    """
-    if not record["shard"] or not record["both"]:
-        return None
-    key = case_key(record, without=("shard",))
-    wholes = [
-        other
-        for other in every
-        if other["both"]
-        and not other["shard"]
-        and other["implementation"] == record["implementation"]
-        and case_key(other, without=("shard",)) == key
-    ]
-    if not wholes:
-        return None
-    whole_ms = wholes[-1]["both"]["median_ms"]
-    return record["both"]["median_ms"] * record["shard"][1] / whole_ms
