@@ -173,6 +173,11 @@ class LogitGradient(NamedTuple):
     def uniform_weight(self) -> float:
         return self.label_smoothing / self.vocab_size
 
+    @property
+    def coefficients(self) -> tuple[float, float, float]:
+        """z_loss, onehot_weight, uniform_weight: what is the same for all tokens."""
+        return float(self.z_loss), self.onehot_weight, self.uniform_weight
+
     def tokens(self, start: int, stop: int) -> LogitGradient:
         if start == 0 and stop == self.grad.shape[0]:
             return self
