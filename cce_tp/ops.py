@@ -11,7 +11,7 @@ D hidden size.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -59,8 +59,12 @@ def _split(arguments: tuple[Any, ...]) -> tuple[LocalLogits, LossTerms, tuple[An
 _modes_above: Any = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
-def _define(name: str, schema: str, implementation: Any, fake: Any) -> Any:
+def _define(name: str, schema: str, function: Any, fake: Any) -> Any:
     """Register one operator for every device, and return its callable."""
+
+    def implementation(*arguments: Any) -> Any:
+        return _run(function, arguments)
+
     _LIBRARY.define(f"{name}{schema}")
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"cce_tp::{name}", fake, lib=_LIBRARY)
@@ -82,9 +86,6 @@ def _budget(workspace_bytes: int | None, logits: LocalLogits, vocab_size: int) -
     if workspace_bytes is not None:
         return workspace_bytes
     return default_workspace_bytes(logits.target.shape[0], logits.input.shape[1], vocab_size)
-
-
-_NOTHING_TO_CHANGE = nullcontext()
 
 
 class _MemoryHint:
@@ -109,17 +110,19 @@ class _MemoryHint:
         ) from error
 
 
-def _execution_context(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Run on the tensor's device and without autocast, which would redo casts."""
-    elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
-    if not elsewhere and not torch.is_autocast_enabled(tensor.device.type):
-        return _NOTHING_TO_CHANGE
-    stack = ExitStack()
-    if torch.is_autocast_enabled(tensor.device.type):
-        stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
-    if elsewhere:
-        stack.enter_context(torch.cuda.device(tensor.device))
-    return stack
+def _run(function: Any, arguments: tuple[Any, ...]) -> Any:
+    """Call on the device of the first argument and without autocast, which would redo casts."""
+    device = arguments[0].device
+    autocast = torch.is_autocast_enabled(device.type)
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    if not autocast and not elsewhere:
+        return function(*arguments)
+    with ExitStack() as stack:
+        if autocast:
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if elsewhere:
+            stack.enter_context(torch.cuda.device(device))
+        return function(*arguments)
 
 
 def _with_all_tokens(logits: LocalLogits, group: str, sequence_parallel: bool) -> LocalLogits:
@@ -137,7 +140,7 @@ def _loss(*arguments: Any) -> _LossOutputs:
     shard, agreed, numbers, workspace_bytes, impl = rest
     rows = StatRows(*flags)
     chosen = backend(impl)
-    with _execution_context(logits.input), _MemoryHint(workspace_bytes):
+    with _MemoryHint(workspace_bytes):
         if group:
             offer = sharding.Agreement(
                 shard=tuple(shard),
@@ -210,7 +213,7 @@ def _gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     made = _empty_gradients(logits, dtypes)
     wants_input, wants_weight, wants_bias = (code != NOT_WANTED for code in dtypes)
     chosen = backend(impl)
-    with _execution_context(logits.input), _MemoryHint(workspace_bytes):
+    with _MemoryHint(workspace_bytes):
         grad_bias = None
         if wants_bias:
             grad_bias = torch.zeros_like(made[2], dtype=statistics_dtype(logits.input.dtype))
@@ -240,7 +243,7 @@ def _gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             ordered = FarField(*far)
         elif far:
             kept = KeptLogits(*far, tile=chosen.tile_rows(whole.input))
-        with full_precision_sums():
+        with full_precision_sums(whole.input.dtype):
             gradients(
                 chosen,
                 whole,
