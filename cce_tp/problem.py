@@ -17,6 +17,11 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """tensor[start:stop], or the tensor itself where that is all: a view keeps the host a while."""
+    return tensor if stop - start == tensor.shape[0] else tensor[start:stop]
+
+
 class LocalLogits(NamedTuple):
     """What defines the logits of some tokens against some rows; nothing is computed.
 

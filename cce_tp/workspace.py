@@ -10,8 +10,8 @@ way can avoid, and the cheapest that fits is taken:
 - `TokenWalk`, the whole vocabulary per token chunk: dE is complete at once, dC is summed over the
   chunks where it is stored; needs a dC in fp32.
 - `TokenWalk`, both cut: the smallest buffers.
-- `WholeWalk`: all of G^T in the memory of dC (N <= D), neither sum is needed; each strip of G^T is
-  copied out before its dC is written over it.
+- `WholeWalk`: all of G^T at the end of dC's memory (N <= D), neither sum is needed; dC is written
+  from its start, and what of G^T is in the way by then is copied out strip by strip.
 - two passes, one for dE and one for dC (`StripWalk`): one more recomputation of the logits.
 
 Legend: N tokens, V vocabulary rows of this rank, D hidden size.
@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 MIB = 1 << 20
 MIN_WORKSPACE_BYTES = 1 * MIB
@@ -68,8 +69,7 @@ def blocks(size: int, step: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BackwardSizes:
+class BackwardSizes(NamedTuple):
     """What the plan depends on, in elements and bytes.
 
     Attributes:
@@ -122,7 +122,7 @@ class BackwardSizes:
     def rounded(self) -> BackwardSizes:
         """A little larger: one plan for many calls whose sizes depend on the data."""
         vocab = -(-self.vocab // _SIMILAR_ROWS) * _SIMILAR_ROWS
-        return replace(self, vocab=vocab, loan_bytes=-(-self.loan_bytes // MIB) * MIB)
+        return self._replace(vocab=vocab, loan_bytes=-(-self.loan_bytes // MIB) * MIB)
 
     @property
     def gemm(self) -> int:
@@ -187,15 +187,29 @@ class StripWalk:
 
 @dataclass(frozen=True, slots=True)
 class WholeWalk:
-    """All of G^T in the memory of dC.
+    """All of G^T at the end of dC's memory.
 
     Attributes:
-        strip: vocabulary rows copied out at a time.
+        strip: vocabulary rows that the buffer holds.
         chunk: tokens per product of dE.
     """
 
     strip: int
     chunk: int
+
+    def strips(self, sizes: BackwardSizes) -> Iterator[tuple[int, int, bool]]:
+        """(start, stop, whether G^T is copied out first) of each strip of dC, in their order."""
+        row, start = sizes.lent_row or sizes.gradient_row, 0
+        while start < sizes.vocab:
+            left = sizes.vocab - start
+            # Rows of dC from `start` on whose memory holds none of G^T's rows from `start` on.
+            free = left * (row - sizes.gradient_row) // row
+            free -= free % 16
+            copied = free < min(self.strip, left)
+            # A product that does not write dC itself has a temporary as wide as the strip.
+            width = self.strip if copied or sizes.weight_row else free
+            yield start, min(start + width, sizes.vocab), copied
+            start += width
 
 
 Walk = TokenWalk | StripWalk | WholeWalk
@@ -311,12 +325,15 @@ def _whole_walk(sizes: BackwardSizes, available: int) -> list[tuple[int, tuple[W
     chunk = sizes.tokens
     if sizes.single_row:
         chunk = _fit(available, sizes.single_row, sizes.tokens, _TOKEN_STEP)
-    price = 2 * sizes.vocab * sizes.gradient_row + sizes.edges(chunk, strip) // 2
-    return [(price, (WholeWalk(strip, chunk),))]
+    walk = WholeWalk(strip, chunk)
+    strips = list(walk.strips(sizes))
+    copied = sum(stop - start for start, stop, copied in strips if copied)
+    price = 2 * copied * sizes.gradient_row + sizes.edges(chunk, sizes.vocab / len(strips)) // 2
+    return [(price, (walk,))]
 
 
 def _two_passes(sizes: BackwardSizes, available: int) -> list[tuple[int, tuple[Walk, ...]]]:
-    alone = replace(sizes, need_weight=False)
+    alone = sizes._replace(need_weight=False)
     found: list[tuple[int, tuple[Walk, ...]]] = []
     for chunk in _chunks(alone, available):
         found += _token_walk(alone, available, chunk, weight=False, borrow=False)
