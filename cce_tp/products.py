@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
@@ -22,24 +19,27 @@ _NARROW_SUMS = {
 }
 
 
-@contextmanager
-def full_precision_sums(dtype: torch.dtype) -> Iterator[None]:
-    """No partial sums in 16 bits, which the library may use where it cuts a long product.
+class FullPrecisionSums:
+    """A context without partial sums in 16 bits, which the library may use for long products.
 
     Measured: dE of 300 tokens over 2^20 rows, taken in one product, erred by 1.4e-2.
-
-    Args:
-        dtype: of the products' operands; the setting of another dtype is left alone.
     """
-    name, matmul = _NARROW_SUMS.get(dtype), torch.backends.cuda.matmul
-    if name is None or not getattr(matmul, name):
-        yield
-        return
-    setattr(matmul, name, False)
-    try:
-        yield
-    finally:
-        setattr(matmul, name, True)
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        """
+        Args:
+            dtype: of the products' operands; the setting of another dtype is left alone.
+        """
+        name = _NARROW_SUMS.get(dtype)
+        self._name = name if name and getattr(torch.backends.cuda.matmul, name) else None
+
+    def __enter__(self) -> None:
+        if self._name:
+            setattr(torch.backends.cuda.matmul, self._name, False)
+
+    def __exit__(self, *error: object) -> None:
+        if self._name:
+            setattr(torch.backends.cuda.matmul, self._name, True)
 
 
 def _wide_mm(a: Tensor, b: Tensor) -> Tensor:

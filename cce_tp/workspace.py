@@ -66,6 +66,8 @@ def default_workspace_bytes(num_tokens: int, hidden: int, vocab_size: int) -> in
 
 def blocks(size: int, step: int) -> list[tuple[int, int]]:
     """[0, size) in pieces of `step`."""
+    if 0 < size <= step:  # what it nearly always is, without the loop
+        return [(0, size)]
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
