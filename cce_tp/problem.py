@@ -14,7 +14,7 @@ from torch import Tensor
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics, losses and accumulators are fp32, or fp64 for fp64 inputs."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:

@@ -49,6 +49,8 @@ _FLOPS_PER_BYTE = 160
 _EDGE = 100
 # Two products of half the tokens each instead of one (measured: 0% to 4%).
 _HALVES = 0.03
+# A launch or a product more, in bytes moved: about a microsecond, which decides at small sizes.
+_STEP = 4 * MIB
 
 
 def for_buffers(workspace_bytes: int, num_tokens: int) -> int:
@@ -207,9 +209,12 @@ class WholeWalk:
             # Rows of dC from `start` on whose memory holds none of G^T's rows from `start` on.
             free = left * (row - sizes.gradient_row) // row
             free -= free % 16
-            copied = free < min(self.strip, left)
-            # A product that does not write dC itself has a temporary as wide as the strip.
-            width = self.strip if copied or sizes.weight_row else free
+            # They make a strip if they are many, or if the buffer then holds what is left.
+            enough = free >= self.strip or left - free <= self.strip
+            copied = left <= self.strip or not enough
+            width = self.strip if copied else free
+            if sizes.weight_row:  # the product has a temporary, as wide as the strip
+                width = min(width, self.strip)
             yield start, min(start + width, sizes.vocab), copied
             start += width
 
@@ -311,6 +316,8 @@ def _price(sizes: BackwardSizes, walk: TokenWalk) -> int:
     strips = sum(1 for _ in walk.strips(sizes)) if walk.lent else -(-sizes.vocab // walk.strip)
     wide = 8 * sizes.hidden  # bytes to read and write a row of fp32 numbers
     price = (strips - 1) * sizes.tokens * wide + sizes.edges(walk.chunk, sizes.vocab / strips)
+    # G and dE of each rectangle, and dC.
+    price += (2 + walk.weight) * chunks * strips * _STEP
     if walk.weight:
         price += (chunks - 1) * sizes.vocab * wide
     return price + int(walk.borrow * _HALVES * sizes.gemm)
@@ -331,6 +338,8 @@ def _whole_walk(sizes: BackwardSizes, available: int) -> list[tuple[int, tuple[W
     strips = list(walk.strips(sizes))
     copied = sum(stop - start for start, stop, copied in strips if copied)
     price = 2 * copied * sizes.gradient_row + sizes.edges(chunk, sizes.vocab / len(strips)) // 2
+    # G, dE of each chunk, dC of each strip, and the copies.
+    price += (1 - -sizes.tokens // chunk + sum(1 + copied for *_, copied in strips)) * _STEP
     return [(price, (walk,))]
 
 
@@ -342,10 +351,13 @@ def _two_passes(sizes: BackwardSizes, available: int) -> list[tuple[int, tuple[W
     if not found:
         return []
     price, walks = min(found, key=lambda each: each[0])
-    return [(price + sizes.gemm, (*walks, _weight_only(sizes, available)))]
+    second = _weight_only(sizes, available)
+    rectangles = -(-sizes.vocab // second.strip) * -(-sizes.tokens // second.chunk)
+    price += sizes.gemm + 2 * rectangles * _STEP
+    return [(price, (*walks, second))]
 
 
-def _weight_only(sizes: BackwardSizes, available: int) -> Walk:
+def _weight_only(sizes: BackwardSizes, available: int) -> StripWalk:
     """dC alone."""
     row = sizes.step_row(True)
     per_column = sizes.tokens * sizes.element + row
