@@ -162,10 +162,12 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         """Gradient of the loss -> gradients in the dtypes of the inputs given to forward."""
         # Read once: activation checkpointing recomputes what it gives out, and gives it out once.
         saved = ctx.saved_tensors
-        with torch.no_grad():
-            results = _gradients(ctx, saved[: _NUM_SAVED + ctx.num_far], grads[0])
-        anchors = saved[_NUM_SAVED + ctx.num_far :]
-        if torch.is_grad_enabled():  # create_graph=True
+        kept, anchors = saved[: _NUM_SAVED + ctx.num_far], saved[_NUM_SAVED + ctx.num_far :]
+        if not torch.is_grad_enabled():
+            results = _gradients(ctx, kept, grads[0])
+        else:  # create_graph=True
+            with torch.no_grad():
+                results = _gradients(ctx, kept, grads[0])
             through = [t for t in (*saved[:3], *anchors) if t is not None and t.requires_grad]
             results = tuple(
                 None if each is None else _FirstDerivative.apply(each, *through) for each in results

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,15 +22,17 @@ from cce_tp import far_field
 from cce_tp.backend import Backend
 from cce_tp.far_field import FarBackward, FarField, KeptRows
 from cce_tp.filtering import BYTES_PER_ORDERED_ROW, vocabulary_order
-from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient, statistics_dtype
+from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient, rows_of, statistics_dtype
 from cce_tp.products import InputSum, add_product, copies_operands
 from cce_tp.workspace import (
     ALIGNMENT,
     BackwardSizes,
     StripWalk,
     TokenWalk,
+    Walk,
     WholeWalk,
     blocks,
+    pays,
     plan_backward,
     plan_head,
     plan_rest,
@@ -40,8 +42,7 @@ from cce_tp.workspace import (
 _WEIGHT_ROWS = 8192
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GradientSinks:
+class GradientSinks(NamedTuple):
     """Where the gradients go; None for one that is not wanted.
 
     Attributes:
@@ -59,8 +60,7 @@ class GradientSinks:
     input_done: Callable[[], None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Strip:
+class _Strip(NamedTuple):
     """Vocabulary columns of one step: a slice of the local rows, or a gathered list of them."""
 
     start: int
@@ -179,28 +179,43 @@ class _BackwardPass:
             self.columns = _Columns.ordered(logits)
         else:
             self.columns = _Columns(logits)
+        self.copies = copies_operands(logits.input)
+        self._look_at_operands()
 
-    @property
-    def gathers(self) -> bool:
-        """Whether strips are of gathered rows."""
-        return self.eps is not None or self.far is not None
+    def _look_at_operands(self) -> None:
+        """What is asked at every step."""
+        # Whether strips are of gathered rows.
+        self.gathers = self.eps is not None or self.far is not None
+        # Whether even a dE or a dC that one product makes needs a temporary.
+        self.apart = self.gathers or self.copies or self.unscale is not None
+        out = self.sinks.weight
+        native = out is not None and out.dtype in (self.logits.input.dtype, self.sum_dtype)
+        # Whether a product can write its rows of dC without a temporary.
+        self.direct = native and not self.apart
 
     def run(self, workspace_bytes: int) -> None:
         if self.far is None:
-            self._walk(workspace_bytes)
+            self._walk_all(workspace_bytes)
             return
         head = self._head_start(self.far, workspace_bytes)
-        if not self.far.wait():
-            del head
-            self.far_bytes, self.far = self.far.nbytes, None
-            self._walk(workspace_bytes)
-            return
+        self.far.wait()
         self.columns = _Columns(self.logits, self.far.kept.rows, self.far.column)
+        sizes = self._sizes(taken=0 if head is None else head.columns)
+        # Planned afresh while the device waits, if the sizes were new in every call.
+        similar = sizes.rounded()
         if head is None:
-            self._walk(workspace_bytes)
+            walks = plan_backward(similar, workspace_bytes)
         else:
-            self._walk_rest(head, workspace_bytes)
-        self.far.finish_weight(self.sinks.bias)
+            walks = (plan_rest(similar, workspace_bytes, len(head.total.parts) > 1),)
+        if pays(sizes, walks, self.logits.shape[1]):
+            self._walk(walks, sizes, head)
+            self.far.finish_weight(self.sinks.bias)
+            return
+        del head
+        self.far_bytes, self.far = self.far.nbytes, None
+        self.columns = _Columns(self.logits)
+        self._look_at_operands()
+        self._walk_all(workspace_bytes)
 
     def _head_start(self, far: FarBackward, workspace_bytes: int) -> _Head | None:
         """Take the first columns before their number is known, so that the device has work while
@@ -233,21 +248,16 @@ class _BackwardPass:
         del logits  # gathered rows, before the temporary of dC is made
         return _Head(plan.columns, total, self._weight_part(grad_VN, self.logits.input, None))
 
-    def _walk_rest(self, head: _Head, workspace_bytes: int) -> None:
-        """The columns that a head left."""
-        sizes = self._sizes(taken=head.columns)
-        walk = plan_rest(sizes.rounded(), workspace_bytes, len(head.total.parts) > 1)
-        self._token_walk(walk, sizes, head)
-
-    def _walk(self, workspace_bytes: int) -> None:
+    def _walk_all(self, workspace_bytes: int) -> None:
         sizes = self._sizes()
-        # Planned afresh while the device waits, if the sizes were new in every call.
-        similar = sizes.rounded() if self.far is not None else sizes
-        for walk in plan_backward(similar, workspace_bytes):
+        self._walk(plan_backward(sizes, workspace_bytes), sizes, None)
+
+    def _walk(self, walks: tuple[Walk, ...], sizes: BackwardSizes, head: _Head | None) -> None:
+        for walk in walks:
             if isinstance(walk, TokenWalk):
-                self._token_walk(walk, sizes)
+                self._token_walk(walk, sizes, head)
             elif isinstance(walk, WholeWalk):
-                self._whole_walk(walk)
+                self._whole_walk(walk, sizes)
             else:
                 self._strip_walk(walk, bias=not sizes.need_input)
 
@@ -261,7 +271,7 @@ class _BackwardPass:
         vocab = max(0, self.columns.count - taken)
         itemsize, wide = self.logits.input.element_size(), self.sum_dtype.itemsize
         dE, dC = self.sinks.input, self.sinks.weight
-        gathers, copies = self.gathers, copies_operands(self.logits.input)
+        gathers, copies = self.gathers, self.copies
         fixed = self.backend.tile_bytes(self.logits)
         fixed += self.far_bytes if self.far is None else self.far.nbytes
         if self.eps is not None:
@@ -269,9 +279,10 @@ class _BackwardPass:
         weight_row = lent_row = loan_columns = loan_bytes = 0
         gradient_row = _padded(num_tokens) * itemsize
         if dC is not None:
-            if not self._direct(dC):
+            if not self.direct:
                 weight_row = hidden * self._product_dtype(dC).itemsize
-            if not (copies or self.sinks.accumulate_weight) and dC.is_contiguous():
+            fits = dC.is_contiguous() and hidden * dC.itemsize % itemsize == 0
+            if fits and not (copies or self.sinks.accumulate_weight):
                 if not gathers:
                     lent_row = hidden * dC.itemsize
                 elif self.far is not None:
@@ -287,7 +298,7 @@ class _BackwardPass:
             hidden=hidden,
             element=itemsize + copies * wide,
             token_row=sum_row,
-            single_row=sum_row if self._apart_once() else 0,
+            single_row=sum_row if self.apart else 0,
             can_borrow=sums_apart and InputSum.can_borrow(dE, self.sum_dtype) and not self.eps,
             strip_row=hidden * (gathers * itemsize + copies * wide),
             weight_row=weight_row,
@@ -303,16 +314,10 @@ class _BackwardPass:
             need_weight=dC is not None,
         )
 
-    def _direct(self, grad_weight: Tensor) -> bool:
-        """Whether a product can write its rows of dC without a temporary."""
-        native = grad_weight.dtype in (self.logits.input.dtype, self.sum_dtype)
-        indirect = self.gathers or self.unscale is not None
-        return native and not indirect and not copies_operands(self.logits.input)
-
     def _product_dtype(self, grad_weight: Tensor) -> torch.dtype:
         """Of a temporary for a strip's rows of dC: dC's own if they are but copied."""
         untouched = self.unscale is None and self.eps is None and not self.sinks.accumulate_weight
-        if untouched and not copies_operands(self.logits.input):
+        if untouched and not self.copies:
             return (
                 grad_weight.dtype
                 if grad_weight.dtype == self.logits.input.dtype
@@ -320,12 +325,7 @@ class _BackwardPass:
             )
         return self.sum_dtype
 
-    def _apart_once(self) -> bool:
-        """Whether even a dE that one product makes needs a wide temporary."""
-        scaled = self.unscale is not None or self.gathers
-        return scaled or copies_operands(self.logits.input)
-
-    def _token_walk(self, walk: TokenWalk, sizes: BackwardSizes, head: _Head | None = None) -> None:
+    def _token_walk(self, walk: TokenWalk, sizes: BackwardSizes, head: _Head | None) -> None:
         """Token chunks outside, strips inside: dE and the bias gradient, and dC if it is asked."""
         grad_input, grad_weight = self.sinks.input, self.sinks.weight if walk.weight else None
         assert grad_input is not None
@@ -341,14 +341,13 @@ class _BackwardPass:
             buffer = self._late_rows(walk.strip)
         else:
             buffer = self._buffer(walk.strip, walk.chunk)
-        single = walk.strip >= vocab and not self._apart_once()
+        single = walk.strip >= vocab and not self.apart
         for n0, n1 in blocks(num_tokens, walk.chunk):
             if head is not None:
                 total = head.total
             else:
-                total = InputSum(
-                    grad_input[n0:n1], self.sum_dtype, in_place=single, borrow=walk.borrow
-                )
+                part = rows_of(grad_input, n0, n1)
+                total = InputSum(part, self.sum_dtype, in_place=single, borrow=walk.borrow)
                 if self.far is not None:
                     for t0, t1, part in total.parts:
                         self.far.start_input(part, (n0 + t0, n0 + t1))
@@ -362,7 +361,7 @@ class _BackwardPass:
                 self._add_bias(strip, grad_VN)
                 add = start > 0 or self.far is not None
                 for t0, t1, part in total.parts:
-                    self._product(part, grad_VN[:, t0:t1], logits.weight, kept, add)
+                    self._product(part, _columns_of(grad_VN, t0, t1), logits.weight, kept, add)
                 if stop == vocab:
                     self._finish_input(total, (n0, n1))
                 inputs = logits.input
@@ -399,31 +398,34 @@ class _BackwardPass:
         if n1 == self.logits.shape[0]:
             self.sinks.input_done()
 
-    def _whole_walk(self, walk: WholeWalk) -> None:
-        """G^T in the memory of dC; dE from all of it, then dC over it, strip by strip."""
+    def _whole_walk(self, walk: WholeWalk, sizes: BackwardSizes) -> None:
+        """G^T at the end of dC's memory; dE from all of it, then dC over it, strip by strip."""
         grad_input, grad_weight = self.sinks.input, self.sinks.weight
         assert grad_input is not None and grad_weight is not None
-        num_tokens, vocab, _ = self.logits.shape
-        as_gradient = grad_weight.view(self.logits.input.dtype)
+        num_tokens, vocab, hidden = self.logits.shape
         everything = _Strip(0, vocab, None)
-        _, grad_VN, _ = self._gradient(everything, self.logits, (0, num_tokens), as_gradient)
+        first = vocab * (hidden * grad_weight.itemsize - sizes.gradient_row)
+        out = _memory_of(grad_weight, first, (vocab, num_tokens), self.logits.input.dtype)
+        _, grad_VN, _ = self._gradient(everything, self.logits, (0, num_tokens), out)
         self._add_bias(everything, grad_VN)
         for n0, n1 in blocks(num_tokens, walk.chunk):
-            total = InputSum(
-                grad_input[n0:n1], self.sum_dtype, in_place=not self._apart_once(), borrow=False
-            )
+            part = rows_of(grad_input, n0, n1)
+            total = InputSum(part, self.sum_dtype, in_place=not self.apart, borrow=False)
             for t0, t1, part in total.parts:
-                add_product(
-                    part, grad_VN[:, n0 + t0 : n0 + t1].t(), self.logits.weight, accumulate=False
-                )
+                strip_Vn = _columns_of(grad_VN, n0 + t0, n0 + t1)
+                add_product(part, strip_Vn.t(), self.logits.weight, accumulate=False)
             total.finish(self.unscale)
             del total
         self.sinks.input_done()
-        buffer = self._buffer(walk.strip, num_tokens)
-        for start, stop in blocks(vocab, walk.strip):
-            copied = buffer[: stop - start, :num_tokens].copy_(grad_VN[start:stop])
+        buffer = None
+        for start, stop, copied in walk.strips(sizes):
+            part = rows_of(grad_VN, start, stop)
+            if copied:
+                if buffer is None:
+                    buffer = self._buffer(walk.strip, num_tokens)
+                part = buffer[: stop - start, :num_tokens].copy_(part)
             strip = _Strip(start, stop, None)
-            self._add_weight(grad_weight, strip, copied, self.logits.input, None, accumulate=False)
+            self._add_weight(grad_weight, strip, part, self.logits.input, None, accumulate=False)
 
     def _strip_walk(self, walk: StripWalk, *, bias: bool) -> None:
         """Strips outside, token chunks inside: dC (and the bias gradient) with a sum in fp32."""
@@ -458,26 +460,28 @@ class _BackwardPass:
         return self.logits.input.new_empty(strip, _padded(chunk))
 
     def _lent(self, start: int, stop: int) -> Tensor:
-        """(stop - start, padded N) in the memory of the rows of dC after `stop`."""
+        """(stop - start, N) in the memory of the rows of dC after `stop`."""
         return self._lent_rows(stop, stop - start)
 
     def _late_rows(self, columns: int) -> Tensor:
-        """(columns, padded N) in the memory of the late rows of dC."""
+        """(columns, N) in the memory of the late rows of dC."""
         return self._lent_rows(far_field.first_late_row(self.logits.shape[1]), columns)
 
     def _lent_rows(self, first_row: int, columns: int) -> Tensor:
-        grad_weight = self.sinks.weight
-        assert grad_weight is not None
-        flat, first = _aligned(grad_weight, first_row, self.logits.input.dtype)
-        width = _padded(self.logits.shape[0])
-        return flat[first : first + columns * width].view(columns, width)
+        out = self.sinks.weight
+        assert out is not None
+        first = _aligned(first_row * out.shape[1] * out.itemsize)
+        shape = (columns, self.logits.shape[0])
+        return _memory_of(out, first, shape, self.logits.input.dtype)
 
     def _gradient(
         self, strip: _Strip, columns: LocalLogits, tokens: tuple[int, int], buffer: Tensor
     ) -> tuple[LocalLogits, Tensor, Any]:
         """The rectangle of a step, its gradient, and the backend's record of kept tiles."""
         logits = columns.tokens(*tokens)
-        grad_VN = buffer[: strip.stop - strip.start, : tokens[1] - tokens[0]]
+        grad_VN = _columns_of(
+            rows_of(buffer, 0, strip.stop - strip.start), 0, tokens[1] - tokens[0]
+        )
         upstream, known, width = self.upstream.tokens(*tokens), 0, grad_VN.shape[0]
         if self.kept is not None and strip.start < self.kept.columns:
             known = min(self.kept.columns - strip.start, width)
@@ -488,7 +492,8 @@ class _BackwardPass:
             if known == width:
                 return logits, grad_VN, None
         rest = logits.columns(known, width)
-        kept = self.backend.grad_logits(rest, upstream, grad_VN[known:], self.eps)
+        out = rows_of(grad_VN, known, width)
+        kept = self.backend.grad_logits(rest, upstream, out, self.eps)
         return logits, grad_VN, kept
 
     def _product(
@@ -512,7 +517,8 @@ class _BackwardPass:
             )
             return
         for v0, v1 in blocks(grad_VN.shape[0], _WEIGHT_ROWS):
-            add_product(out[v0:v1], grad_VN[v0:v1], inputs, accumulate=accumulate)
+            part = rows_of(grad_VN, v0, v1)
+            add_product(rows_of(out, v0, v1), part, inputs, accumulate=accumulate)
 
     def _add_weight(
         self,
@@ -525,8 +531,8 @@ class _BackwardPass:
         accumulate: bool,
     ) -> None:
         """The strip's rows of dC = or += unscale * G^T E."""
-        if self._direct(grad_weight):
-            part = grad_weight[strip.start : strip.stop]
+        if self.direct:
+            part = rows_of(grad_weight, strip.start, strip.stop)
             self._weight_product(part, grad_VN, inputs, None, accumulate=accumulate)
             return
         part = self._weight_part(grad_VN, inputs, kept)
@@ -565,10 +571,23 @@ class _BackwardPass:
             self.sinks.bias.index_add_(0, strip.rows, part)  # distinct rows: no two meet
 
 
-def _aligned(grad_weight: Tensor, row: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """dC's memory as a flat tensor, and the first aligned element of it at `row` or after it."""
-    first = -(-row * grad_weight.stride(0) * grad_weight.itemsize // ALIGNMENT) * ALIGNMENT
-    return grad_weight.view(dtype).view(-1), first // dtype.itemsize
+def _columns_of(matrix: Tensor, start: int, stop: int) -> Tensor:
+    """matrix[:, start:stop], or the matrix itself where that is all."""
+    return matrix if stop - start == matrix.shape[1] else matrix[:, start:stop]
+
+
+def _aligned(first_byte: int) -> int:
+    return -(-first_byte // ALIGNMENT) * ALIGNMENT
+
+
+def _memory_of(
+    grad_weight: Tensor, first_byte: int, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """(rows, tokens) of G^T, rows padded, in the memory of dC from a byte of it on."""
+    # One view of two dimensions for three of one: each keeps the host as long.
+    flat = grad_weight if grad_weight.dtype == dtype else grad_weight.view(dtype)
+    first = flat.storage_offset() + first_byte // dtype.itemsize
+    return flat.as_strided(shape, (_padded(shape[1]), 1), first)
 
 
 def _padded(num_tokens: int) -> int:

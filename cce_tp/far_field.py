@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 # Tokens from which the variance of a row's logit is estimated; with one more row for the average,
 # a product of 64 rows reads the weight as fast as one row would.
 _SAMPLED_TOKENS = 63
-# With more of the rows than this kept, the exact pass is as fast, and it is exact.
-_MOSTLY = 0.75
 # Wave quantisation: a gather of fewer rows is accepted for fuller waves, down to this share.
 _LEAST_GATHER = 0.5
 
@@ -345,15 +343,13 @@ class FarBackward:
         made = 0 if self._gradient is None else _nbytes(self._gradient.weight)
         self.nbytes = far.nbytes + self._summed.nbytes + made + 27 * vocab
 
-    def wait(self) -> bool:
-        """Whether rows are walked at all; if so much is kept that the exact pass is as good,
-        nothing here is of use any more."""
+    def wait(self) -> None:
+        """Until the host knows how many rows are kept."""
         vocab, tile = self._logits.weight.shape[0], self._tile
         kept_tiles, late_rows = self._flags.wait().tolist()
         # The last tile is kept if it is not full.
         count = sum(kept_tiles) * tile - (len(kept_tiles) * tile - vocab)
         self.kept = self.kept.first(count, sum(late_rows))
-        return count <= _MOSTLY * vocab
 
     def _far_gradient(self, wants_weight: bool) -> FarGradient:
         far, input = self._far, self._logits.input

@@ -11,7 +11,7 @@ D hidden size.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from cce_tp.problem import (
     LossTerms,
     statistics_dtype,
 )
-from cce_tp.products import full_precision_sums
+from cce_tp.products import FullPrecisionSums
 from cce_tp.stats import StatRows
 from cce_tp.workspace import default_workspace_bytes
 
@@ -59,11 +59,17 @@ def _split(arguments: tuple[Any, ...]) -> tuple[LocalLogits, LossTerms, tuple[An
 _modes_above: Any = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 
-def _define(name: str, schema: str, implementation: Any, fake: Any) -> Any:
+def _define(name: str, schema: str, function: Any, fake: Any) -> Any:
     """Register one operator for every device, and return its callable."""
+
+    def implementation(*arguments: Any) -> Any:
+        return _filled(_run(function, arguments), arguments[0])
+
     _LIBRARY.define(f"{name}{schema}")
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"cce_tp::{name}", fake, lib=_LIBRARY)
+    torch.library.register_fake(
+        f"cce_tp::{name}", lambda *each: _filled(fake(*each), each[0]), lib=_LIBRARY
+    )
     operator = getattr(torch.ops.cce_tp, name).default
 
     def call(*arguments: Any) -> Any:
@@ -72,9 +78,14 @@ def _define(name: str, schema: str, implementation: Any, fake: Any) -> Any:
         """
         if torch.compiler.is_compiling() or _modes_above() or type(arguments[0]) is not Tensor:
             return operator(*arguments)
-        return implementation(*arguments)
+        return _run(function, arguments)
 
     return call
+
+
+def _filled(outputs: tuple[Any, ...], like: Tensor) -> tuple[Any, ...]:
+    """What an operator returns, which must be a tensor also where there is nothing to return."""
+    return tuple(like.new_empty(0) if each is None else each for each in outputs)
 
 
 def _budget(workspace_bytes: int | None, logits: LocalLogits, vocab_size: int) -> int:
@@ -82,9 +93,6 @@ def _budget(workspace_bytes: int | None, logits: LocalLogits, vocab_size: int) -
     if workspace_bytes is not None:
         return workspace_bytes
     return default_workspace_bytes(logits.target.shape[0], logits.input.shape[1], vocab_size)
-
-
-_NOTHING_TO_CHANGE = nullcontext()
 
 
 class _MemoryHint:
@@ -109,17 +117,19 @@ class _MemoryHint:
         ) from error
 
 
-def _execution_context(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Run on the tensor's device and without autocast, which would redo casts."""
-    elsewhere = tensor.is_cuda and tensor.device.index != torch.cuda.current_device()
-    if not elsewhere and not torch.is_autocast_enabled(tensor.device.type):
-        return _NOTHING_TO_CHANGE
-    stack = ExitStack()
-    if torch.is_autocast_enabled(tensor.device.type):
-        stack.enter_context(torch.autocast(tensor.device.type, enabled=False))
-    if elsewhere:
-        stack.enter_context(torch.cuda.device(tensor.device))
-    return stack
+def _run(function: Any, arguments: tuple[Any, ...]) -> Any:
+    """Call on the device of the first argument and without autocast, which would redo casts."""
+    device = arguments[0].device
+    autocast = torch.is_autocast_enabled(device.type)
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    if not autocast and not elsewhere:
+        return function(*arguments)
+    with ExitStack() as stack:
+        if autocast:
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        if elsewhere:
+            stack.enter_context(torch.cuda.device(device))
+        return function(*arguments)
 
 
 def _with_all_tokens(logits: LocalLogits, group: str, sequence_parallel: bool) -> LocalLogits:
@@ -128,7 +138,7 @@ def _with_all_tokens(logits: LocalLogits, group: str, sequence_parallel: bool) -
     return logits._replace(input=sharding.gather_tokens(logits.input, group))
 
 
-_LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]
+_LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]
 
 
 def _loss(*arguments: Any) -> _LossOutputs:
@@ -137,7 +147,7 @@ def _loss(*arguments: Any) -> _LossOutputs:
     shard, agreed, numbers, workspace_bytes, impl = rest
     rows = StatRows(*flags)
     chosen = backend(impl)
-    with _execution_context(logits.input), _MemoryHint(workspace_bytes):
+    with _MemoryHint(workspace_bytes):
         if group:
             offer = sharding.Agreement(
                 shard=tuple(shard),
@@ -168,8 +178,7 @@ def _loss(*arguments: Any) -> _LossOutputs:
             if group:
                 totals = sharding.sum_over_group(totals, group)
             far = [*far, totals]
-    statistics = packed if rows.argmax else packed.new_empty(0)
-    return made.loss, made.normaliser, made.count, statistics, far
+    return made.loss, made.normaliser, made.count, packed if rows.argmax else None, far
 
 
 def _has_logits(logits: LocalLogits) -> bool:
@@ -198,38 +207,42 @@ def _loss_fake(*arguments: Any) -> _LossOutputs:
         made(() if reduced else (num_tokens,), dtype=dtype),
         made((2, num_tokens), dtype=dtype),
         made(() if reduced else (0,), dtype=torch.int32),
-        made((rows.count, num_tokens) if rows.argmax else (0,), dtype=dtype),
+        made((rows.count, num_tokens), dtype=dtype) if rows.argmax else None,
         far,
     )
 
 
-def _gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+# dE, dC, dbias; None for one that is not wanted.
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _gradients(*arguments: Any) -> _Gradients:
     logits, terms, rest = _split(arguments)
     upstream, normaliser, count, eps, far, grad_weight_out, dtypes, *rest = rest
     group, sequence_parallel, workspace_bytes, impl = rest
-    made = _empty_gradients(logits, dtypes)
-    wants_input, wants_weight, wants_bias = (code != NOT_WANTED for code in dtypes)
+    made = grad_input, grad_weight, grad_bias = _empty_gradients(logits, dtypes)
     chosen = backend(impl)
-    with _execution_context(logits.input), _MemoryHint(workspace_bytes):
-        grad_bias = None
-        if wants_bias:
-            grad_bias = torch.zeros_like(made[2], dtype=statistics_dtype(logits.input.dtype))
+    with _MemoryHint(workspace_bytes):
+        bias_sum = None
+        if grad_bias is not None:
+            bias_sum = torch.zeros_like(grad_bias, dtype=statistics_dtype(logits.input.dtype))
         whole = _with_all_tokens(logits, group, sequence_parallel)
-        partial, scattered = made[0], None
-        if sequence_parallel and wants_input:
-            partial, scattered = made[0].new_empty(whole.input.shape), made[0]
+        partial, scattered = grad_input, None
+        if sequence_parallel and grad_input is not None:
+            partial, scattered = grad_input.new_empty(whole.input.shape), grad_input
         reduction = sharding.InputGradReduction(partial, scattered, group)
         sinks = GradientSinks(
-            input=partial if wants_input else None,
-            weight=made[1] if wants_weight else grad_weight_out,
-            bias=grad_bias,
+            input=partial,
+            weight=grad_weight_out if grad_weight is None else grad_weight,
+            bias=bias_sum,
             accumulate_weight=grad_weight_out is not None,
             input_done=reduction.start,
         )
+        max_logit, log_sum = normaliser.unbind()
         per_token = LogitGradient(
             grad=chosen.token_gradient(upstream, logits.target, count, terms),
-            max_logit=normaliser[0],
-            log_sum=normaliser[1],
+            max_logit=max_logit,
+            log_sum=log_sum,
             z_loss=terms.z_loss,
             label_smoothing=terms.label_smoothing,
             vocab_size=terms.vocab_size,
@@ -240,7 +253,7 @@ def _gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
             ordered = FarField(*far)
         elif far:
             kept = KeptLogits(*far, tile=chosen.tile_rows(whole.input))
-        with full_precision_sums():
+        with FullPrecisionSums(whole.input.dtype):
             gradients(
                 chosen,
                 whole,
@@ -251,40 +264,35 @@ def _gradients(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
                 kept=kept,
                 workspace_bytes=budget,
             )
-        if grad_bias is not None:
-            made[2].copy_(grad_bias)
+        if grad_bias is not None and bias_sum is not None:
+            grad_bias.copy_(bias_sum)
         reduction.wait()
     return made
 
 
-def _gradients_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients_fake(*arguments: Any) -> _Gradients:
     logits, _, (_, _, _, _, _, _, dtypes, *_) = _split(arguments)
     return _empty_gradients(logits, dtypes)
 
 
 # A gradient's dtype crosses the operator's schema as a number; -1 means that it is not wanted.
-_GRADIENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NOT_WANTED = -1
 
 
 def dtype_code(dtype: torch.dtype) -> int:
     """Number of a gradient's dtype in the `dtypes` argument of `gradients`."""
-    return _GRADIENT_DTYPES.index(dtype)
+    return _DTYPES.index(dtype)
 
 
-def _empty_gradients(logits: LocalLogits, dtypes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Unfilled outputs of `gradients`; one that is not wanted has no elements."""
-
-    def empty(like: Tensor | None, code: int) -> Tensor:
-        if like is None or code == NOT_WANTED:
-            return logits.input.new_empty(0)
-        return logits.input.new_empty(like.shape, dtype=_GRADIENT_DTYPES[code])
-
-    return (
-        empty(logits.input, dtypes[0]),
-        empty(logits.weight, dtypes[1]),
-        empty(logits.bias, dtypes[2]),
-    )
+def _empty_gradients(logits: LocalLogits, dtypes: list[int]) -> _Gradients:
+    """Unfilled outputs of `gradients`; None for one that is not wanted."""
+    made = logits.input.new_empty
+    input, weight, bias = [
+        None if like is None or code == NOT_WANTED else made(like.shape, dtype=_DTYPES[code])
+        for like, code in zip(logits[:3], dtypes, strict=True)
+    ]
+    return input, weight, bias
 
 
 # -> loss, (2, N) normaliser, number of tokens that count, packed statistics (if argmax is asked),

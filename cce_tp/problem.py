@@ -14,7 +14,12 @@ from torch import Tensor
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics, losses and accumulators are fp32, or fp64 for fp64 inputs."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
+    """tensor[start:stop], or the tensor itself where that is all: a view keeps the host a while."""
+    return tensor if stop - start == tensor.shape[0] else tensor[start:stop]
 
 
 class LocalLogits(NamedTuple):
@@ -172,6 +177,11 @@ class LogitGradient(NamedTuple):
     @property
     def uniform_weight(self) -> float:
         return self.label_smoothing / self.vocab_size
+
+    @property
+    def coefficients(self) -> tuple[float, float, float]:
+        """z_loss, onehot_weight, uniform_weight: what is the same for all tokens."""
+        return float(self.z_loss), self.onehot_weight, self.uniform_weight
 
     def tokens(self, start: int, stop: int) -> LogitGradient:
         if start == 0 and stop == self.grad.shape[0]:

@@ -324,7 +324,7 @@ class InputGradReduction:
     `gather_tokens` (reduce-scatter).
     """
 
-    def __init__(self, partial: Tensor, out: Tensor | None, group_name: str) -> None:
+    def __init__(self, partial: Tensor | None, out: Tensor | None, group_name: str) -> None:
         """
         Args:
             partial: (N, D) this rank's part of dE, to be filled before `start`.

@@ -9,15 +9,13 @@ Legend: N tokens, K parts to join.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class StatRows:
+class StatRows(NamedTuple):
     """The optional statistics of a call, and where each sits in the packed (rows, N) tensor.
 
     Rows 0 to 2 are always there: the maximum logit m, the sum of exp(x - m), and the target's logit

@@ -10,8 +10,8 @@ way can avoid, and the cheapest that fits is taken:
 - `TokenWalk`, the whole vocabulary per token chunk: dE is complete at once, dC is summed over the
   chunks where it is stored; needs a dC in fp32.
 - `TokenWalk`, both cut: the smallest buffers.
-- `WholeWalk`: all of G^T in the memory of dC (N <= D), neither sum is needed; each strip of G^T is
-  copied out before its dC is written over it.
+- `WholeWalk`: all of G^T at the end of dC's memory (N <= D), neither sum is needed; dC is written
+  from its start, and what of G^T is in the way by then is copied out strip by strip.
 - two passes, one for dE and one for dC (`StripWalk`): one more recomputation of the logits.
 
 Legend: N tokens, V vocabulary rows of this rank, D hidden size.
@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 MIB = 1 << 20
 MIN_WORKSPACE_BYTES = 1 * MIB
@@ -39,6 +40,10 @@ _LAST_STRIPS = 2048
 # at most this share of the vocabulary.
 _HEAD_ROWS = 4096
 _HEAD_SHARE = 1 / 8
+# More than this of the exact pass's time, and the exact pass is taken, which is exact.
+_WELL_BELOW = 0.75
+# What the L2 cache of a GPU holds costs next to nothing to read and write again.
+_IN_CACHE = 64 * MIB
 # Numbers of rows kept by a filter that are walked alike.
 _SIMILAR_ROWS = 1024
 # Starts of lent rectangles are aligned for the tensor memory accelerator.
@@ -52,6 +57,8 @@ _FLOPS_PER_BYTE = 160
 _EDGE = 100
 # Two products of half the tokens each instead of one (measured: 0% to 4%).
 _HALVES = 0.03
+# A launch or a product more, in bytes moved: about a microsecond, which decides at small sizes.
+_STEP = 4 * MIB
 
 
 def for_buffers(workspace_bytes: int, num_tokens: int) -> int:
@@ -69,11 +76,12 @@ def default_workspace_bytes(num_tokens: int, hidden: int, vocab_size: int) -> in
 
 def blocks(size: int, step: int) -> list[tuple[int, int]]:
     """[0, size) in pieces of `step`."""
+    if 0 < size <= step:  # what it nearly always is, without the loop
+        return [(0, size)]
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BackwardSizes:
+class BackwardSizes(NamedTuple):
     """What the plan depends on, in elements and bytes.
 
     Attributes:
@@ -126,7 +134,7 @@ class BackwardSizes:
     def rounded(self) -> BackwardSizes:
         """A little larger: one plan for many calls whose sizes depend on the data."""
         vocab = max(1, -(-self.vocab // _SIMILAR_ROWS)) * _SIMILAR_ROWS
-        return replace(self, vocab=vocab, loan_bytes=-(-self.loan_bytes // MIB) * MIB)
+        return self._replace(vocab=vocab, loan_bytes=-(-self.loan_bytes // MIB) * MIB)
 
     @property
     def gemm(self) -> int:
@@ -191,15 +199,32 @@ class StripWalk:
 
 @dataclass(frozen=True, slots=True)
 class WholeWalk:
-    """All of G^T in the memory of dC.
+    """All of G^T at the end of dC's memory.
 
     Attributes:
-        strip: vocabulary rows copied out at a time.
+        strip: vocabulary rows that the buffer holds.
         chunk: tokens per product of dE.
     """
 
     strip: int
     chunk: int
+
+    def strips(self, sizes: BackwardSizes) -> Iterator[tuple[int, int, bool]]:
+        """(start, stop, whether G^T is copied out first) of each strip of dC, in their order."""
+        row, start = sizes.lent_row or sizes.gradient_row, 0
+        while start < sizes.vocab:
+            left = sizes.vocab - start
+            # Rows of dC from `start` on whose memory holds none of G^T's rows from `start` on.
+            free = left * (row - sizes.gradient_row) // row
+            free -= free % 16
+            # They make a strip if they are many, or if the buffer then holds what is left.
+            enough = free >= self.strip or left - free <= self.strip
+            copied = left <= self.strip or not enough
+            width = self.strip if copied else free
+            if sizes.weight_row:  # the product has a temporary, as wide as the strip
+                width = min(width, self.strip)
+            yield start, min(start + width, sizes.vocab), copied
+            start += width
 
 
 Walk = TokenWalk | StripWalk | WholeWalk
@@ -284,6 +309,27 @@ def plan_rest(sizes: BackwardSizes, workspace_bytes: int, borrow: bool) -> Token
     return TokenWalk(chunk=sizes.tokens, strip=min(16, sizes.vocab), weight=True, borrow=borrow)
 
 
+def pays(sizes: BackwardSizes, walks: tuple[Walk, ...], rows: int) -> bool:
+    """Whether walks over some of the rows are well below the exact pass over all.
+
+    Args:
+        sizes: of what is walked; what is done already does not count.
+        rows: all of them.
+    """
+    product = 2 * sizes.tokens * sizes.hidden / _FLOPS_PER_BYTE  # of one row
+    products = 1 + sizes.need_input + sizes.need_weight
+    cost = (products + len(walks) - 1) * product * sizes.vocab
+    for walk in walks:
+        if isinstance(walk, TokenWalk) and _sum_again(sizes) > _IN_CACHE:
+            cost += max(0, -(-sizes.vocab // walk.strip) - 1) * _sum_again(sizes)
+    return cost <= _WELL_BELOW * products * product * rows
+
+
+def _sum_again(sizes: BackwardSizes) -> int:
+    """Bytes to read and write the fp32 sum of dE."""
+    return 8 * sizes.tokens * sizes.hidden
+
+
 def _available(sizes: BackwardSizes, workspace_bytes: int) -> int:
     available = for_buffers(workspace_bytes, sizes.tokens)
     return available - min(sizes.fixed, 3 * available // 4)
@@ -348,7 +394,9 @@ def _price(sizes: BackwardSizes, walk: TokenWalk) -> int:
     chunks = -(-sizes.tokens // walk.chunk)
     strips = sum(1 for _ in walk.strips(sizes)) if walk.lent else -(-sizes.vocab // walk.strip)
     wide = 8 * sizes.hidden  # bytes to read and write a row of fp32 numbers
-    price = (strips - 1) * sizes.tokens * wide + sizes.edges(walk.chunk, sizes.vocab / strips)
+    price = (strips - 1) * _sum_again(sizes) + sizes.edges(walk.chunk, sizes.vocab / strips)
+    # G and dE of each rectangle, and dC.
+    price += (2 + walk.weight) * chunks * strips * _STEP
     if walk.weight:
         price += (chunks - 1) * sizes.vocab * wide
     return price + int(walk.borrow * _HALVES * sizes.gemm)
@@ -365,22 +413,30 @@ def _whole_walk(sizes: BackwardSizes, available: int) -> list[tuple[int, tuple[W
     chunk = sizes.tokens
     if sizes.single_row:
         chunk = _fit(available, sizes.single_row, sizes.tokens, _TOKEN_STEP)
-    price = 2 * sizes.vocab * sizes.gradient_row + sizes.edges(chunk, strip) // 2
-    return [(price, (WholeWalk(strip, chunk),))]
+    walk = WholeWalk(strip, chunk)
+    strips = list(walk.strips(sizes))
+    copied = sum(stop - start for start, stop, copied in strips if copied)
+    price = 2 * copied * sizes.gradient_row + sizes.edges(chunk, sizes.vocab / len(strips)) // 2
+    # G, dE of each chunk, dC of each strip, and the copies.
+    price += (1 - -sizes.tokens // chunk + sum(1 + copied for *_, copied in strips)) * _STEP
+    return [(price, (walk,))]
 
 
 def _two_passes(sizes: BackwardSizes, available: int) -> list[tuple[int, tuple[Walk, ...]]]:
-    alone = replace(sizes, need_weight=False)
+    alone = sizes._replace(need_weight=False)
     found: list[tuple[int, tuple[Walk, ...]]] = []
     for chunk in _chunks(alone, available):
         found += _token_walk(alone, available, chunk, weight=False, borrow=False)
     if not found:
         return []
     price, walks = min(found, key=lambda each: each[0])
-    return [(price + sizes.gemm, (*walks, _weight_only(sizes, available)))]
+    second = _weight_only(sizes, available)
+    rectangles = -(-sizes.vocab // second.strip) * -(-sizes.tokens // second.chunk)
+    price += sizes.gemm + 2 * rectangles * _STEP
+    return [(price, (*walks, second))]
 
 
-def _weight_only(sizes: BackwardSizes, available: int) -> Walk:
+def _weight_only(sizes: BackwardSizes, available: int) -> StripWalk:
     """dC alone."""
     row = sizes.step_row(True)
     per_column = sizes.tokens * sizes.element + row

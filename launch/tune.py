@@ -143,7 +143,7 @@ class Tuner:
         """Build, compare and time a configuration; the first one is what others must equal."""
         from cce_tp.kernels import launch
 
-        launch._compiled.clear()
+        launch.forget()
         with tuning.forced(config):
             try:
                 packed = self._statistics()

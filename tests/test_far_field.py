@@ -22,7 +22,9 @@ from cce_tp.workspace import (
     TokenWalk,
     Walk,
     default_workspace_bytes,
+    pays,
     plan_backward,
+    plan_rest,
 )
 from oracle import Operands, Outcome, dense, dense_logits
 from problems import Problem, call, even_bounds, join_shards, restrict, same_bits, solve
@@ -530,7 +532,7 @@ def test_each_walk(impl: str, name: str) -> None:
     operands = trained(impl, tokens=60, hidden=96, dtype=dtype)
     options: dict[str, Any] = {**OPTIONS["plain"], **far(), "impl": impl}
     expected = call(operands, options)
-    with mock.patch.object(backward, "plan_backward", lambda *_: WALKS[name]):
+    with mock.patch.multiple(backward, plan_backward=lambda *_: WALKS[name], pays=lambda *_: True):
         outcome = call(operands, options)
     tolerance = 5e-3 if dtype == torch.float16 else 1e-5
     for gradient in ("grad_input", "grad_weight", "grad_bias"):
@@ -545,19 +547,18 @@ def test_rows_of_the_memory_of_dc_that_holds_g_are_written_at_the_end() -> None:
         operands.input.double(), operands.weight.double(), operands.bias.double(), 1.0
     )
     assert bool((likely[:64] >= len(likely) - len(likely) // 4).any())
-    with mock.patch.object(backward, "plan_backward", lambda *_: WALKS["loan"]):
+    walks = mock.patch.object(backward, "plan_backward", lambda *_: WALKS["loan"])
+    with walks, mock.patch.object(backward, "pays", lambda *_: True):
         outcome = call(operands, {**OPTIONS["plain"], **far(), "impl": "torch"})
     tile = backend("torch").tile_rows(operands.input)
     expected = dense(operands, OPTIONS["plain"])
     check_within(outcome, expected, bound(operands, OPTIONS["plain"], tile))
 
 
-@pytest.mark.parametrize("kept", [0.05, 0.1, 0.15, 0.3])
-def test_the_planner_takes_the_loan_where_strips_would_be_narrow(kept: float) -> None:
-    """8192 x 2304 x 131072 in bf16 within 5% of the logits."""
-    tokens, hidden, vocab = 8192, 2304, 131072
-    columns = int(kept * vocab)
-    sizes = BackwardSizes(
+def kept_sizes(share: float, hidden: int) -> BackwardSizes:
+    """A share of the rows of 8192 x `hidden` x 131072 in bf16 is kept."""
+    tokens, columns = 8192, int(share * VOCAB)
+    return BackwardSizes(
         tokens=tokens,
         vocab=columns,
         hidden=hidden,
@@ -571,13 +572,35 @@ def test_the_planner_takes_the_loan_where_strips_would_be_narrow(kept: float) ->
         weight_accumulates=False,
         lent_row=0,
         gradient_row=2 * tokens,
-        loan_columns=vocab // 4 * hidden // tokens,
+        loan_columns=VOCAB // 4 * hidden // tokens,
         loan_bytes=int(0.05 * columns) * 2 * hidden,
         sequential=True,
         fixed=27 << 20,
         need_input=True,
         need_weight=True,
     )
-    (walk,) = plan_backward(sizes, default_workspace_bytes(tokens, hidden, vocab))
-    assert isinstance(walk, TokenWalk) and walk.loan and walk.chunk == tokens
-    assert walk.strip >= min(columns, 6144)
+
+
+VOCAB = 131072
+
+
+@pytest.mark.parametrize("kept", [0.05, 0.1, 0.15, 0.3])
+def test_the_planner_takes_the_loan_where_strips_would_be_narrow(kept: float) -> None:
+    """Within 5% of the logits."""
+    sizes = kept_sizes(kept, 2304)
+    (walk,) = plan_backward(sizes, default_workspace_bytes(sizes.tokens, sizes.hidden, VOCAB))
+    assert isinstance(walk, TokenWalk) and walk.loan and walk.chunk == sizes.tokens
+    assert walk.strip >= min(sizes.vocab, 6144)
+
+
+@pytest.mark.parametrize(("kept", "hidden", "walked"), [
+    (0.1, 2304, True), (0.6, 2304, True), (0.9, 2304, False),
+    (0.1, 4096, True), (0.6, 4096, False),
+])  # fmt: skip
+def test_what_would_be_walked_in_narrow_strips_is_not_walked(
+    kept: float, hidden: int, walked: bool
+) -> None:
+    """At D 4096 the sum of dE is read and written again for every few hundred rows."""
+    sizes = kept_sizes(kept, hidden)
+    walk = plan_rest(sizes, default_workspace_bytes(sizes.tokens, hidden, VOCAB), True)
+    assert pays(sizes, (walk,), VOCAB) == walked, walk

@@ -134,6 +134,31 @@ def test_lent_strips_leave_room_for_their_gradient() -> None:
             assert used <= 5000 * sizes.lent_row, (start, stop)
 
 
+@pytest.mark.parametrize("shape", [(512, 520, 5000), (512, 513, 777), (75, 200, 703)], ids=str)
+@pytest.mark.parametrize("weight_row", [0, 800])
+def test_no_strip_of_a_whole_walk_overwrites_what_is_still_read(
+    shape: tuple[int, int, int], weight_row: int
+) -> None:
+    sizes = sizes_of(*shape, weight_row=weight_row)
+    sizes = sizes._replace(gradient_row=-(-shape[0] // 16) * 32)
+    row, vocab = sizes.lent_row, shape[2]
+    strips = list(WholeWalk(96, shape[0]).strips(sizes))
+    assert strips[0][0] == 0 and strips[-1][1] == vocab
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(strips))
+    assert max(stop - start for start, stop, copied in strips if copied or weight_row) <= 96
+    for start, stop, copied in strips:
+        read_later = stop if copied else start  # a product also reads its own rows
+        first_byte = vocab * (row - sizes.gradient_row) + read_later * sizes.gradient_row
+        assert stop * row <= first_byte or read_later == vocab
+    assert any(copied for *_, copied in strips)
+
+
+def test_a_whole_walk_copies_no_more_than_it_must() -> None:
+    """At N = D / 2 half of the rows that are left have their memory free each time."""
+    strips = list(WholeWalk(1024, 256).strips(sizes_of(256, 512, 4096)))
+    assert strips == [(0, 2048, False), (2048, 3072, False), (3072, 4096, True)]
+
+
 def sizes_of(tokens: int, hidden: int, vocab: int, **more: Any) -> BackwardSizes:
     """A bf16 problem on a GPU that returns a bf16 dC, or as `more` says."""
     given: dict[str, Any] = {

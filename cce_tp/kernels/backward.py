@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cce_tp.kernels import tuning
-from cce_tp.kernels.launch import launch, logits_arguments, matrix_argument, tiling_arguments
+from cce_tp.kernels.launch import LogitsForm, Prepared, matrix_argument, prepared
 from cce_tp.kernels.tile import (
     LOG2E,
     dot_tile,
@@ -296,32 +296,50 @@ def grad_logits(
     Returns:
         The kept tiles with a filter (dropped ones are zeros in out_VN), else None.
     """
-    num_tokens, vocab, _ = logits.shape
-    tiling = tiling_arguments(logits, tuning.use_descriptors(logits.input, logits.weight))
-    block_n, block_v = tiling["BLOCK_N"], tiling["BLOCK_V"]
+    form = LogitsForm.of(logits)
     kept = None
     if eps is not None:
-        shape = (ceil_div(num_tokens, block_n), ceil_div(vocab, block_v))
+        block_n, block_v = form.config.block_n, form.config.block_v
+        shape = (ceil_div(logits.shape[0], block_n), ceil_div(logits.shape[1], block_v))
         mask = torch.empty(shape, dtype=torch.int32, device=logits.input.device)
         kept = KeptTiles(mask, block_n, block_v)
-    out_descriptor = tuning.use_descriptors(out_VN)
-    tiles = ceil_div(num_tokens, block_n) * ceil_div(vocab, block_v)
-    launch(
-        grad_logits_kernel,
-        min(tiling["NUM_PROGRAMS"], tiles),
-        target_ptr=logits.target,
-        first_id=logits.first_id,
-        out=matrix_argument(out_VN, block_v, block_n, out_descriptor),
-        kept_ptr=None if kept is None else kept.mask,
-        stride_out=out_VN.stride(0),
-        eps=0.0 if eps is None else float(eps),
-        FILTER=eps is not None,
-        **_upstream_arguments(upstream),
-        OUT_DESCRIPTOR=out_descriptor,
-        **logits_arguments(logits),
-        **tiling,
+    run = _grad_logits(
+        form, out_VN.stride(0), tuning.use_descriptors(out_VN), upstream.coefficients, eps
+    )
+    run(
+        logits.input,
+        logits.weight,
+        logits.bias,
+        logits.target,
+        upstream.grad,
+        upstream.max_logit,
+        upstream.log_sum,
+        out_VN,
+        None if kept is None else kept.mask,
     )
     return kept
+
+
+@prepared
+def _grad_logits(
+    form: LogitsForm,
+    stride_out: int,
+    out_descriptor: bool,
+    coefficients: tuple[float, float, float],
+    eps: float | None,
+) -> Prepared:
+    out = {"out": (form.config.block_v, form.config.block_n)} if out_descriptor else {}
+    return Prepared(
+        grad_logits_kernel,
+        min(form.programs, form.tiles),
+        stride_out=stride_out,
+        eps=0.0 if eps is None else float(eps),
+        FILTER=eps is not None,
+        OUT_DESCRIPTOR=out_descriptor,
+        **_coefficient_arguments(coefficients),
+        **form.tile_arguments(),
+        blocks={**form.blocks, **out},
+    )
 
 
 def grad_kept(
@@ -336,42 +354,57 @@ def grad_kept(
         upstream: gradient and global statistics of the tokens.
         out: (V, N) in the inputs' dtype, last dim contiguous; G^T, every element is written.
     """
-    num_tokens, vocab, _ = logits.shape
-    block_n, block_v = 128, 64
-    arguments = logits_arguments(logits)
-    launch(
-        grad_kept_kernel,
-        ceil_div(num_tokens, block_n) * ceil_div(vocab, block_v),
-        below_ptr=kept.below_max[start : start + vocab],
-        tile_max_ptr=kept.tile_max,
-        target_ptr=logits.target,
-        out_ptr=out,
-        stride_below=kept.below_max.stride(0),
-        stride_out=out.stride(0),
-        start=start,
-        first_id=logits.first_id,
-        TILE=kept.tile,
-        BLOCK_N=block_n,
-        BLOCK_V=block_v,
-        num_warps=8,
-        **_upstream_arguments(upstream),
-        **{name: arguments[name] for name in _KEPT_ARGUMENTS},
+    run = _grad_kept(
+        LogitsForm.of(logits),
+        (kept.below_max.stride(0), out.stride(0)),
+        start,
+        kept.tile,
+        upstream.coefficients,
+    )
+    run(
+        kept.below_max[start : start + logits.shape[1]],
+        kept.tile_max,
+        logits.target,
+        upstream.grad,
+        upstream.max_logit,
+        upstream.log_sum,
+        out,
     )
 
 
-_KEPT_ARGUMENTS = ("N", "V", "logit_scale", "logit_softcap", "HAS_SCALE", "HAS_SOFTCAP")
+@prepared
+def _grad_kept(
+    form: LogitsForm,
+    strides: tuple[int, int],
+    start: int,
+    tile: int,
+    coefficients: tuple[float, float, float],
+) -> Prepared:
+    num_tokens, vocab, _ = form.shape
+    block_n, block_v = 128, 64
+    return Prepared(
+        grad_kept_kernel,
+        ceil_div(num_tokens, block_n) * ceil_div(vocab, block_v),
+        stride_below=strides[0],
+        stride_out=strides[1],
+        start=start,
+        TILE=tile,
+        BLOCK_N=block_n,
+        BLOCK_V=block_v,
+        num_warps=8,
+        **_coefficient_arguments(coefficients),
+        **form.size_arguments(),
+    )
 
 
-def _upstream_arguments(upstream: LogitGradient) -> dict[str, Any]:
+def _coefficient_arguments(coefficients: tuple[float, float, float]) -> dict[str, Any]:
+    z_loss, onehot_weight, uniform_weight = coefficients
     return {
-        "grad_ptr": upstream.grad,
-        "max_ptr": upstream.max_logit,
-        "log_sum_ptr": upstream.log_sum,
-        "z_loss": float(upstream.z_loss),
-        "onehot_weight": float(upstream.onehot_weight),
-        "uniform_weight": float(upstream.uniform_weight),
-        "HAS_SMOOTHING": upstream.label_smoothing != 0.0,
-        "HAS_Z_LOSS": upstream.z_loss != 0.0,
+        "z_loss": z_loss,
+        "onehot_weight": onehot_weight,
+        "uniform_weight": uniform_weight,
+        "HAS_SMOOTHING": uniform_weight != 0.0,
+        "HAS_Z_LOSS": z_loss != 0.0,
     }
 
 

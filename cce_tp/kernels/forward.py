@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cce_tp import stats
 from cce_tp.kernels import tuning
-from cce_tp.kernels.launch import launch, logits_arguments, tiling_arguments
+from cce_tp.kernels.launch import LogitsForm, Prepared, prepared
 from cce_tp.kernels.tile import (
     LOG2E,
     grouped_block,
@@ -305,24 +305,36 @@ def tile_statistics(
         masses: also make the rows for the far field: one, or three with a cap.
         keep: (V, N) fp16, takes the logits less their tile's maximum; or None.
     """
-    tiling = tiling_arguments(logits, tuning.use_descriptors(logits.input, logits.weight))
-    grid = tiles.shape[0] * ceil_div(logits.target.shape[0], tiling["BLOCK_N"])
-    launch(
+    run = _tile_statistics(
+        LogitsForm.of(logits),
+        rows,
+        tiles.shape[1],
+        None if keep is None else keep.stride(0),
+        ids is not None,
+        masses,
+    )
+    run(logits.input, logits.weight, logits.bias, logits.target, ids, keep, tiles, merged)
+
+
+@prepared
+def _tile_statistics(
+    form: LogitsForm,
+    rows: StatRows,
+    tile_rows: int,
+    keep_stride: int | None,
+    is_sorted: bool,
+    masses: bool,
+) -> Prepared:
+    return Prepared(
         tile_statistics_kernel,
-        min(tiling["NUM_PROGRAMS"], grid),
-        target_ptr=logits.target,
-        ids_ptr=ids,
-        keep=keep,
-        stride_keep=0 if keep is None else keep.stride(0),
-        KEEP=keep is not None,
-        tiles_ptr=tiles,
-        merged_ptr=merged,
-        first_id=logits.first_id,
-        SORTED=ids is not None,
+        min(form.programs, form.tiles),
+        stride_keep=keep_stride or 0,
+        KEEP=keep_stride is not None,
+        SORTED=is_sorted,
         MASSES=masses,
-        **logits_arguments(logits),
-        **_flags(rows, tiles),
-        **tiling,
+        **_flags(rows, tile_rows),
+        **form.tile_arguments(),
+        blocks=form.blocks,
     )
 
 
@@ -330,27 +342,33 @@ def merge_tiles(
     target: Tensor, first_id: int, vocab: int, rows: StatRows, tiles: Tensor, merged: Tensor
 ) -> None:
     """Join the tiles of `vocab` columns; `merged` holds the logits of the targets among them."""
-    num_tokens, block_n = target.shape[0], 32
-    launch(
+    run = _merge_tiles(target.shape[0], vocab, tiles.shape[:2], first_id, rows)
+    run(tiles, target, merged)
+
+
+@prepared
+def _merge_tiles(
+    num_tokens: int, vocab: int, tiles_and_rows: tuple[int, int], first_id: int, rows: StatRows
+) -> Prepared:
+    num_tiles, tile_rows = tiles_and_rows
+    block_n = 32
+    return Prepared(
         merge_tiles_kernel,
         ceil_div(num_tokens, block_n),
-        tiles_ptr=tiles,
-        target_ptr=target,
-        merged_ptr=merged,
         first_id=first_id,
         N=num_tokens,
         V=vocab,
-        T=tiles.shape[0],
-        **_flags(rows, tiles),
+        T=num_tiles,
+        **_flags(rows, tile_rows),
         BLOCK_N=block_n,
         BLOCK_T=64,
         num_warps=4,
     )
 
 
-def _flags(rows: StatRows, tiles: Tensor) -> dict[str, Any]:
+def _flags(rows: StatRows, tile_rows: int) -> dict[str, Any]:
     return {
-        "ROWS": tiles.shape[1],
+        "ROWS": tile_rows,
         "LOGIT_SUM": rows.logit_sum,
         "ENTROPY": rows.entropy,
         "ARGMAX": rows.argmax,

@@ -1,12 +1,16 @@
-"""Host side of a launch: a fast way to start a kernel, and the arguments that kernels share."""
+"""Host side of a launch: fast ways to start a kernel, and the arguments that kernels share.
+
+`Prepared` is for the kernels of every call, whose sizes come again; `launch` for all others.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -15,6 +19,8 @@ from cce_tp.problem import LocalLogits
 
 # Compiled kernels by (kernel, options, constants, kinds of the other arguments).
 _compiled: dict[tuple[Any, ...], Any] = {}
+# Functions that make a `Prepared`, each with a cache of its own.
+_makers: list[Any] = []
 
 
 # Functions from a kernel's arguments by name to its others and its constexpr ones, in order. By the
@@ -61,9 +67,7 @@ def _kinds(values: Iterable[Any]) -> list[Any]:
     return kinds
 
 
-def launch(
-    kernel: Any, grid: int, *, num_warps: int, num_stages: int = 3, **arguments: Any
-) -> None:
+def launch(kernel: Any, grid: int, *, num_warps: int, num_stages: int = 3, **arguments: Any) -> Any:
     """kernel[(grid,)](**arguments), without Triton's own analysis of the arguments after the first.
 
     That analysis takes several times as long as the launch itself (about 50 of 67 microseconds for
@@ -74,6 +78,9 @@ def launch(
         grid: number of programs.
         num_warps, num_stages: Triton's launch options.
         arguments: all parameters of the kernel, by name.
+
+    Returns:
+        The compiled kernel; None from Triton's interpreter, which compiles nothing.
     """
     pick_others, pick_constants = _in_order.get(kernel.fn) or _take_apart(kernel)
     others, constants = pick_others(arguments), pick_constants(arguments)
@@ -81,10 +88,89 @@ def launch(
     compiled = _compiled.get(key)
     if compiled is not None:
         compiled[(grid, 1, 1)](*others, *constants)
-        return
+        return compiled
     made = kernel[(grid,)](*others, *constants, num_warps=num_warps, num_stages=num_stages)
-    if made is not None:  # Triton's interpreter compiles nothing
+    if made is not None:
         _compiled[key] = made
+    return made
+
+
+def forget() -> None:
+    """As if no kernel had been launched yet."""
+    _compiled.clear()
+    for maker in _makers:
+        maker.cache_clear()
+
+
+class Prepared:
+    """A kernel with all of its arguments but the tensors, which come first among its parameters.
+
+    What follows from sizes and options is worked out once for them; a launch looks at addresses
+    alone. For tensors of one set of shapes, strides and dtypes; holds none of them.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: int,
+        *,
+        num_warps: int,
+        num_stages: int = 3,
+        blocks: dict[str, tuple[int, int]] | None = None,
+        **arguments: Any,
+    ) -> None:
+        """
+        Args:
+            kernel, grid, num_warps, num_stages: as for `launch`.
+            blocks: rows and columns of a tile, of each matrix that goes as a descriptor.
+            arguments: all parameters of the kernel but the tensors, by name.
+        """
+        names = kernel.arg_names
+        self._names = [name for name in names if name not in arguments]
+        assert names[: len(self._names)] == self._names, f"{kernel}: tensors come first"
+        self._kernel, self._grid, self._arguments = kernel, grid, arguments
+        self._options = {"num_warps": num_warps, "num_stages": num_stages}
+        self._fixed = tuple(arguments[name] for name in names[len(self._names) :])
+        self._blocks = {names.index(name): block for name, block in (blocks or {}).items()}
+        # By device and alignment: the compiled kernel, and the fields of descriptors by place.
+        self._known: dict[tuple[Any, ...], tuple[Any, list[tuple[int, dict[str, Any]]]]] = {}
+
+    def __call__(self, first: Tensor, *others: Tensor | None) -> None:
+        """Launch, with the kernel's tensors in their order."""
+        arguments: list[Any] = [first, *others]
+        aligned = [None if each is None else each.data_ptr() & 15 for each in arguments]
+        key = (first.get_device(), *aligned)
+        known = self._known.get(key)
+        if known is None:
+            self._first_launch(key, arguments)
+            return
+        compiled, descriptors = known
+        for place, fields in descriptors:
+            # The constructor would check again what holds for this shape and alignment.
+            descriptor = object.__new__(TensorDescriptor)
+            vars(descriptor).update(fields, base=arguments[place])
+            arguments[place] = descriptor
+        compiled[(self._grid, 1, 1)](*arguments, *self._fixed)
+
+    def _first_launch(self, key: tuple[Any, ...], arguments: list[Any]) -> None:
+        descriptors = []
+        for place, block in self._blocks.items():
+            arguments[place] = matrix_argument(arguments[place], *block, True)
+            fields = {name: it for name, it in vars(arguments[place]).items() if name != "base"}
+            descriptors.append((place, fields))
+        named = dict(zip(self._names, arguments, strict=True))
+        made = launch(self._kernel, self._grid, **named, **self._arguments, **self._options)
+        if made is not None:
+            self._known[key] = made, descriptors
+
+
+def prepared(maker: Callable[..., Prepared]) -> Callable[..., Prepared]:
+    """Keep what a function of sizes and options has made, for those that it was called with last.
+
+    By position and of one type each: 1, 1.0 and True are one key, and different machine code."""
+    cached = functools.lru_cache(maxsize=256)(maker)
+    _makers.append(cached)
+    return cached
 
 
 def matrix_argument(
@@ -98,49 +184,102 @@ def matrix_argument(
     )
 
 
-def logits_arguments(logits: LocalLogits) -> dict[str, Any]:
-    """Arguments of every kernel that computes logits: sizes, strides, bias, scale, cap."""
-    num_tokens, vocab, hidden = logits.shape
-    softcap = logits.logit_softcap
-    return {
-        "bias_ptr": logits.bias,
-        "N": num_tokens,
-        "V": vocab,
-        "D": hidden,
-        "stride_input": logits.input.stride(0),
-        "stride_weight": logits.weight.stride(0),
-        "logit_scale": float(logits.logit_scale),
-        "logit_softcap": 1.0 if softcap is None else float(softcap),
-        "HAS_BIAS": logits.bias is not None,
-        "HAS_SCALE": logits.logit_scale != 1.0,
-        "HAS_SOFTCAP": softcap is not None,
-        # A tanh that is off by 1.2e-7 of the cap is lost in the rounding of 16-bit operands, unless
-        # the cap is large.
-        "PRECISE_CAP": softcap is not None and (softcap > 50.0 or logits.input.itemsize > 2),
-    }
+class LogitsForm(NamedTuple):
+    """All about `LocalLogits` but the tensors, and how kernels tile it: a key for `prepared`.
 
+    Attributes:
+        shape: N, V, D.
+        strides: of the rows of input and weight.
+        dtype: of the operands.
+        has_bias, first_id, logit_scale, logit_softcap: see `LocalLogits`.
+        config, programs: see `tuning.config_for`.
+        descriptor: whether input and weight go as descriptors.
+        precision: of products, see `tuning.input_precision`.
+    """
 
-def tiling_arguments(logits: LocalLogits, descriptor: bool) -> dict[str, Any]:
-    """Arguments of a kernel that walks all tiles of `logits`: operands and tile sizes."""
-    config, programs = tuning.config_for(logits.input)
-    sizes = _tile_sizes(config, logits.input.shape[1], logits.input.itemsize)
-    return {
-        **sizes,
-        "input": matrix_argument(logits.input, config.block_n, config.block_d, descriptor),
-        "weight": matrix_argument(logits.weight, config.block_v, config.block_d, descriptor),
-        "NUM_PROGRAMS": programs,
-        "DESCRIPTOR": descriptor,
-        "PRECISION": tuning.input_precision(logits.input.dtype),
-    }
+    shape: tuple[int, int, int]
+    strides: tuple[int, int]
+    dtype: torch.dtype
+    has_bias: bool
+    first_id: int
+    logit_scale: float
+    logit_softcap: float | None
+    config: tuning.TileConfig
+    programs: int
+    descriptor: bool
+    precision: str
 
+    @classmethod
+    def of(cls, logits: LocalLogits) -> LogitsForm:
+        """The form in which kernels take these logits now; settings of torch are read anew."""
+        input, weight = logits.input, logits.weight
+        config, programs = tuning.config_for(input)
+        return cls(
+            logits.shape,
+            (input.stride(0), weight.stride(0)),
+            input.dtype,
+            logits.bias is not None,
+            logits.first_id,
+            logits.logit_scale,
+            logits.logit_softcap,
+            config,
+            programs,
+            tuning.use_descriptors(input, weight),
+            tuning.input_precision(input.dtype),
+        )
 
-@functools.cache
-def _tile_sizes(config: tuning.TileConfig, hidden: int, itemsize: int) -> dict[str, int]:
-    return {
-        "BLOCK_N": config.block_n,
-        "BLOCK_V": config.block_v,
-        "BLOCK_D": config.block_d,
-        "GROUP_N": config.group_n(hidden, itemsize),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    @property
+    def tiles(self) -> int:
+        """Number of tiles of the logits."""
+        tokens, vocab, _ = self.shape
+        config = self.config
+        return tuning.ceil_div(tokens, config.block_n) * tuning.ceil_div(vocab, config.block_v)
+
+    @property
+    def blocks(self) -> dict[str, tuple[int, int]]:
+        """The operands' descriptors, as `Prepared` takes them."""
+        if not self.descriptor:
+            return {}
+        config = self.config
+        return {
+            "input": (config.block_n, config.block_d),
+            "weight": (config.block_v, config.block_d),
+        }
+
+    def size_arguments(self) -> dict[str, Any]:
+        """Arguments of every kernel that meets logits: sizes, scale, cap."""
+        tokens, vocab, _ = self.shape
+        softcap = self.logit_softcap
+        return {
+            "N": tokens,
+            "V": vocab,
+            "first_id": self.first_id,
+            "logit_scale": float(self.logit_scale),
+            "logit_softcap": 1.0 if softcap is None else float(softcap),
+            "HAS_SCALE": self.logit_scale != 1.0,
+            "HAS_SOFTCAP": softcap is not None,
+        }
+
+    def tile_arguments(self) -> dict[str, Any]:
+        """Arguments of every kernel that walks all tiles, and its options, but for the tensors."""
+        config, itemsize, softcap = self.config, self.dtype.itemsize, self.logit_softcap
+        hidden = self.shape[2]
+        return {
+            **self.size_arguments(),
+            "D": hidden,
+            "stride_input": self.strides[0],
+            "stride_weight": self.strides[1],
+            "HAS_BIAS": self.has_bias,
+            # A tanh that is off by 1.2e-7 of the cap is lost in the rounding of 16-bit operands,
+            # unless the cap is large.
+            "PRECISE_CAP": softcap is not None and (softcap > 50.0 or itemsize > 2),
+            "NUM_PROGRAMS": self.programs,
+            "DESCRIPTOR": self.descriptor,
+            "PRECISION": self.precision,
+            "BLOCK_N": config.block_n,
+            "BLOCK_V": config.block_v,
+            "BLOCK_D": config.block_d,
+            "GROUP_N": config.group_n(hidden, itemsize),
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        }

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cce_tp.kernels.launch import launch
+from cce_tp.kernels.launch import Prepared, prepared
 from cce_tp.kernels.tuning import ceil_div
 from cce_tp.problem import LossTerms, TokenLoss
 from cce_tp.stats import StatRows
@@ -117,16 +117,19 @@ def token_loss(packed_RN: Tensor, target_N: Tensor, rows: StatRows, terms: LossT
     loss = packed_RN.new_empty(() if reduce else num_tokens)
     normaliser_2N = packed_RN.new_empty((2, num_tokens))
     count = torch.empty(() if reduce else 0, dtype=torch.int32, device=packed_RN.device)
-    launch(
+    run = _token_loss(num_tokens, rows.logit_sum_row, terms)
+    run(packed_RN, target_N, loss, normaliser_2N, count)
+    return TokenLoss(loss, normaliser_2N, count)
+
+
+@prepared
+def _token_loss(num_tokens: int, logit_sum_row: int, terms: LossTerms) -> Prepared:
+    reduce = terms.reduction != "none"
+    return Prepared(
         token_loss_kernel,
         1 if reduce else max(1, ceil_div(num_tokens, _BLOCK)),
-        packed_ptr=packed_RN,
-        target_ptr=target_N,
-        loss_ptr=loss,
-        normaliser_ptr=normaliser_2N,
-        count_ptr=count,
         N=num_tokens,
-        logit_sum_row=rows.logit_sum_row,
+        logit_sum_row=logit_sum_row,
         ignore_index=terms.ignore_index,
         vocab_size=terms.vocab_size,
         label_smoothing=float(terms.label_smoothing),
@@ -138,7 +141,6 @@ def token_loss(packed_RN: Tensor, target_N: Tensor, rows: StatRows, terms: LossT
         BLOCK=_BLOCK,
         num_warps=4,
     )
-    return TokenLoss(loss, normaliser_2N, count)
 
 
 def token_gradient(upstream: Tensor, target_N: Tensor, count: Tensor, terms: LossTerms) -> Tensor:
@@ -154,18 +156,21 @@ def token_gradient(upstream: Tensor, target_N: Tensor, count: Tensor, terms: Los
     grad_N = torch.empty(num_tokens, dtype=torch.float32, device=upstream.device)
     if num_tokens == 0:
         return grad_N
-    launch(
+    stride = upstream.stride(0) if upstream.dim() else 0
+    run = _token_gradient(num_tokens, stride, terms.ignore_index, terms.reduction == "mean")
+    run(upstream, target_N, count, grad_N)
+    return grad_N
+
+
+@prepared
+def _token_gradient(num_tokens: int, stride: int, ignore_index: int, mean: bool) -> Prepared:
+    return Prepared(
         token_gradient_kernel,
         ceil_div(num_tokens, _BLOCK),
-        upstream_ptr=upstream,
-        target_ptr=target_N,
-        count_ptr=count,
-        out_ptr=grad_N,
         N=num_tokens,
-        stride_upstream=upstream.stride(0) if upstream.dim() else 0,
-        ignore_index=terms.ignore_index,
-        MEAN=terms.reduction == "mean",
+        stride_upstream=stride,
+        ignore_index=ignore_index,
+        MEAN=mean,
         BLOCK=_BLOCK,
         num_warps=4,
     )
-    return grad_N
