@@ -28,6 +28,12 @@ class Interleaving:
     vocab: int
     ranks: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.vocab} ids, padding included, interleaved over the {self.ranks} ranks of "
+            "tensor_model_parallel_size"
+        )
+
     def places(self, ids: Tensor) -> Tensor:
         """Natural ids -> their places; what is not in [0, V), such as an ignored target, stays."""
         base, extra = divmod(self.vocab, self.ranks)
@@ -40,3 +46,8 @@ class Interleaving:
         """(V,) int64: the natural id at each place. `rows[natural_ids()]` interleaves rows."""
         ids = torch.arange(self.vocab, device=device)
         return torch.cat([ids[rank :: self.ranks] for rank in range(self.ranks)])
+
+
+def describe(ids: Interleaving | None) -> str:
+    """In words, for a message; None: natural order."""
+    return "ids in natural order" if ids is None else str(ids)

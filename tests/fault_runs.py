@@ -168,6 +168,15 @@ class Series:
         from launch.training import model  # imports megatron.core, which `prepare` precedes
 
         model.start_distributed(self.settings("start"))
+        self.steps()
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, self.answers)
+        if self.rank == 0:
+            (self.folder / "answers.json").write_text(json.dumps(everyone))
+        dist.destroy_process_group()
+
+    def steps(self) -> None:
+        """The runs, and what is done to what they leave."""
         self.train("whole")
         self._damaged_checkpoints()
         self._hostile_checkpoints()
@@ -175,11 +184,6 @@ class Series:
         self._interruptions()
         self._nonfinite()
         self._disagreement()
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, self.answers)
-        if self.rank == 0:
-            (self.folder / "answers.json").write_text(json.dumps(everyone))
-        dist.destroy_process_group()
 
     def _damaged_checkpoints(self) -> None:
         last = f"iter_{ITERATIONS:07d}"
@@ -293,12 +297,12 @@ def _flip(path: Path) -> None:
 
 def _sign(folder: Path) -> None:
     """Make the manifest fit what is there, as an attacker would."""
-    from launch.training import checkpoint
+    from launch.training import files
 
     manifest = json.loads((folder / "manifest.json").read_text())
     names = [str(path.relative_to(folder)) for path in folder.iterdir()]
     names = [name for name in names if name != "manifest.json"]
-    manifest["files"] = {name: checkpoint._facts(folder / name) for name in names}
+    manifest["files"] = {name: files.facts(folder / name) for name in names}
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

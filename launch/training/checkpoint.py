@@ -9,8 +9,6 @@ each. Before anything is loaded, all of it is compared, and what was pickled is 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import random
 import shutil
@@ -26,36 +24,15 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from torch.distributed.checkpoint.api import CheckpointException
 
-from launch.training import orphans, trust
+from launch.interleaving import Interleaving, describe
+from launch.training import files, orphans, trust
+from launch.training.files import Manifest, folder_of, latest
 
-_LATEST = "latest_checkpointed_iteration.txt"
-_MANIFEST = "manifest.json"
 _JOB = "job.txt"
 # Distributed-optimizer state by parameter, not by bucket: loads under another parallel layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 # What a checkpoint must have in common with the model that it is loaded into.
 _MODEL = ("num_layers", "hidden_size", "num_attention_heads", "ffn_hidden_size")
-_CHUNK_BYTES = 1 << 22
-
-
-def latest(folder: str | os.PathLike[str]) -> int | None:
-    """Iteration of the last whole checkpoint; None if there is none.
-
-    Raises:
-        ValueError: the file that names it holds no number.
-    """
-    try:
-        text = (Path(folder) / _LATEST).read_text(errors="replace").strip()
-    except FileNotFoundError:
-        return None
-    if not text.isascii() or not text.isdigit():
-        raise ValueError(f"megatron.load: expected a number in {folder}/{_LATEST}, got {text!r}")
-    return int(text)
-
-
-def folder_of(folder: str | os.PathLike[str], iteration: int) -> Path:
-    """Where the checkpoint of an iteration lies."""
-    return Path(folder) / f"iter_{iteration:07d}"
 
 
 def owned_by(folder: str | os.PathLike[str], job: str | None) -> bool:
@@ -86,7 +63,7 @@ def claim(folder: str | os.PathLike[str], job: str | None, *, keep: bool) -> Pat
         Path(folder).mkdir(parents=True, exist_ok=True)
         target = None if keep else _set_aside(Path(folder))
         if job is not None:
-            _write(Path(folder) / _JOB, job)
+            files.write(Path(folder) / _JOB, job)
         else:
             (Path(folder) / _JOB).unlink(missing_ok=True)
         return target
@@ -95,7 +72,7 @@ def claim(folder: str | os.PathLike[str], job: str | None, *, keep: bool) -> Pat
 
 
 def _set_aside(folder: Path) -> Path | None:
-    found = [*folder.glob("iter_*"), *folder.glob(_LATEST)]
+    found = [*folder.glob("iter_*"), *folder.glob(files.LATEST)]
     if not found:
         return None
     number = 1
@@ -108,9 +85,19 @@ def _set_aside(folder: Path) -> Path | None:
 
 
 def save(
-    folder: str, iteration: int, chunks: list[Any], optimizer: Any, schedule: Any, samples: int
+    folder: str,
+    iteration: int,
+    chunks: list[Any],
+    optimizer: Any,
+    schedule: Any,
+    samples: int,
+    *,
+    ids: Interleaving | None = None,
 ) -> None:
     """Write model, optimizer, schedule and generators; returns when all ranks' parts are there.
+
+    Args:
+        ids: how the rows of embedding and output layer are interleaved; None: in natural order.
 
     Raises:
         RuntimeError: it could not be written. Earlier checkpoints are as they were.
@@ -125,8 +112,9 @@ def save(
         state["parallel"] = _layout()
         dist_checkpointing.save(state, str(partial_))
         dist.barrier()
-        names = _on_first_rank(lambda: _files(partial_))
-        _on_first_rank(_write_manifest, partial_, _gather_facts(partial_, names), _model(chunks))
+        names = _on_first_rank(lambda: files.names(partial_))
+        manifest = Manifest(_gather_facts(partial_, names), _model(chunks), ids)
+        _on_first_rank(lambda: manifest.write(partial_))
         _on_first_rank(lambda: _publish(partial_, target, iteration))
     except (Exception, CheckpointException) as error:  # torch derives its own from BaseException
         # Nothing collective here: the other ranks may not have failed.
@@ -154,7 +142,7 @@ def _publish(partial_: Path, target: Path, iteration: int) -> None:
     if target.exists():  # refused by `load`, or left by a release that wrote in place
         shutil.rmtree(target)
     partial_.rename(target)
-    _write(target.parent / _LATEST, str(iteration))
+    files.write(target.parent / files.LATEST, str(iteration))
 
 
 def _named(folder: str | os.PathLike[str]) -> str:
@@ -163,21 +151,6 @@ def _named(folder: str | os.PathLike[str]) -> str:
     except (OSError, ValueError):
         return "not known"
     return "none" if iteration is None else f"of iteration {iteration}"
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace a small file in one step, and make sure that it is on the disk."""
-    temporary = path.with_name(f"{path.name}.new")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _on_first_rank(function: Callable[..., Any], *args: Any) -> Any:
@@ -194,51 +167,16 @@ def _on_first_rank(function: Callable[..., Any], *args: Any) -> Any:
     return outcome[0]
 
 
-def _files(folder: Path) -> list[str]:
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != _MANIFEST)
-    return sorted(str(path.relative_to(folder)) for path in paths)
-
-
-def _facts(path: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(_CHUNK_BYTES):
-            digest.update(part)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
-
-
 def _gather_facts(folder: Path, names: list[str]) -> dict[str, Any]:
     """{file: facts} of all files, each read by one of the ranks."""
     rank, size = dist.get_rank(), dist.get_world_size()
     parts: list[Any] = [None] * size
-    dist.all_gather_object(parts, {name: _facts(folder / name) for name in names[rank::size]})
+    dist.all_gather_object(parts, {name: files.facts(folder / name) for name in names[rank::size]})
     return {name: facts for part in parts for name, facts in part.items()}
-
-
-def _write_manifest(folder: Path, files: dict[str, Any], model: dict[str, int]) -> None:
-    _write(folder / _MANIFEST, json.dumps({"files": files, "model": model}, indent=1))
 
 
 def _model(chunks: list[Any]) -> dict[str, int]:
     return {name: getattr(chunks[0].config, name) for name in _MODEL}
-
-
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    """None if there is none, as in checkpoints that Megatron has written.
-
-    Raises:
-        ValueError: it is not what `_write_manifest` writes.
-    """
-    try:
-        found = json.loads((folder / _MANIFEST).read_bytes())
-        files = {
-            str(name): (each["bytes"], each["sha256"]) for name, each in found["files"].items()
-        }
-        return {"files": files, "model": dict(found["model"])}
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{_MANIFEST} is damaged ({type(error).__name__}: {error})") from error
 
 
 def _problem(folder: Path) -> str | None:
@@ -247,9 +185,9 @@ def _problem(folder: Path) -> str | None:
     try:
         if not folder.is_dir():
             raise ValueError("there is no such folder")
-        manifest = _read_manifest(folder)
+        manifest = Manifest.read(folder)
         if manifest is not None:
-            _compare(folder, [*manifest["files"].items()][dist.get_rank() :: dist.get_world_size()])
+            manifest.compare(folder, [*manifest.files][dist.get_rank() :: dist.get_world_size()])
         if dist.get_rank() == 0:
             trust.check(folder)
     except (OSError, ValueError) as error:
@@ -257,17 +195,6 @@ def _problem(folder: Path) -> str | None:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, problem)
     return next((text for text in everyone if text is not None), None)
-
-
-def _compare(folder: Path, files: list[tuple[str, tuple[int, str]]]) -> None:
-    for name, (size, digest) in files:
-        path = folder / name
-        if not path.is_file():
-            raise ValueError(f"{name} is missing")
-        if path.stat().st_size != size:
-            raise ValueError(f"{name} has {path.stat().st_size} bytes, not {size}")
-        if _facts(path)["sha256"] != digest:
-            raise ValueError(f"{name} is not what was written (SHA-256)")
 
 
 def _candidates(folder: str | os.PathLike[str]) -> Iterator[int]:
@@ -283,7 +210,7 @@ def _candidates(folder: str | os.PathLike[str]) -> Iterator[int]:
     numbers = [
         int(path.name[5:])
         for path in Path(folder).glob("iter_*")
-        if path.name[5:].isdigit() and (path / _MANIFEST).exists()
+        if path.name[5:].isdigit() and (path / files.MANIFEST).exists()
     ]
     yield from sorted((n for n in numbers if named is None or n < named), reverse=True)
 
@@ -325,29 +252,39 @@ def load(
     *,
     with_optimizer: bool = True,
     with_generators: bool = True,
+    ids: Interleaving | None = None,
 ) -> tuple[int, int]:
     """Read the newest usable checkpoint of a folder into the objects; called by all ranks.
 
     It may come from another parallel layout. Generators are restored where the layout is the one
     of the save.
 
+    Args:
+        ids: as in `save`; must be the checkpoint's.
+
     Returns:
         (iteration, samples consumed); (0, 0) if there is no checkpoint.
 
     Raises:
-        ValueError: on every rank, no checkpoint that is whole, or one of another model.
+        ValueError: on every rank, no checkpoint that is whole, or one of another model or with
+            other ids.
     """
     iteration = find(folder)
     if iteration is None:
         return 0, 0
     source = str(folder_of(folder, iteration))
-    manifest = _read_manifest(Path(source))
+    manifest = Manifest.read(Path(source)) or Manifest({}, {})
     for name, here in _model(chunks).items():
-        there = here if manifest is None else manifest["model"].get(name, here)
+        there = manifest.model.get(name, here)
         if there != here:
             raise ValueError(
                 f"megatron.{name}: expected {there}, as in the checkpoint {source}, got {here}"
             )
+    if manifest.ids != ids:
+        raise ValueError(
+            f"cce.interleave_ids: expected {describe(manifest.ids)}, as in the checkpoint "
+            f"{source}, got {describe(ids)}; python -m launch.interleave_ids converts checkpoints"
+        )
     common = dist_checkpointing.load_common_state_dict(source)
     with_generators = with_generators and common.get("parallel") == _layout()
     asked = (optimizer, schedule) if with_optimizer else (None, None)

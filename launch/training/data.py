@@ -16,6 +16,7 @@ from megatron.core import parallel_state
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 
+from launch.interleaving import Interleaving
 from launch.training import text
 from launch.training.options import LoopOptions
 
@@ -180,6 +181,24 @@ def datasets(options: LoopOptions, origin: Source, global_batch_size: int) -> tu
     kind = MockGPTDataset if options.mock_data else GPTDataset
     train, valid, _ = BlendedMegatronDatasetBuilder(kind, sizes, lambda: True, config).build()
     return train, valid
+
+
+class Interleaved(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """A dataset whose tokens and labels are the places of their ids.
+
+    Everything else has been made of the natural ids, such as a loss mask of the ids that end a
+    document or fill a sequence up; 0, which stands for those that fill up, is its own place.
+    """
+
+    def __init__(self, dataset: Any, ids: Interleaving) -> None:
+        self._dataset, self._ids = dataset, ids
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        item = dict(self._dataset[index])
+        return item | {name: self._ids.places(item[name]) for name in ("tokens", "labels")}
 
 
 class _Batches(torch.utils.data.Sampler[list[int]]):

@@ -19,6 +19,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from launch import topology
+from launch.interleaving import Interleaving
 from launch.training import checkpoint, data, model
 from launch.training.report import Clock, Report, peak_mib
 from launch.training.settings import Settings
@@ -47,7 +48,10 @@ class Trainer:
             self.loop.make_vocab_size_divisible_by, settings.parallel("tensor_model_parallel")
         )
         self.vocabulary = f"{origin.vocabulary.origin}; padded to {self.padded_vocab}"
+        self.ids: Interleaving | None = None
         self.train_data, self.valid_data = data.datasets(self.loop, origin, self.batch)
+        if settings.loss.interleave_ids and settings.parallel("tensor_model_parallel") > 1:
+            self._interleave(settings.parallel("tensor_model_parallel"))
         self.chunks = model.build_model(settings, self.padded_vocab, device)
         self.optimizer, self.schedule = model.build_optimizer(settings, self.chunks)
         self.start, self.samples = self._resume()
@@ -55,12 +59,19 @@ class Trainer:
         self._skipped = 0
         self._bad_ranks: list[int] = []
 
+    def _interleave(self, ranks: int) -> None:
+        """From here on rows of embedding and output layer, tokens and labels go by places."""
+        self.ids = Interleaving(self.padded_vocab, ranks)
+        self.vocabulary += f"; ids interleaved over {ranks} ranks"
+        self.train_data = data.Interleaved(self.train_data, self.ids)
+        self.valid_data = data.Interleaved(self.valid_data, self.ids)
+
     def _resume(self) -> tuple[int, int]:
         """(iteration, samples) of the checkpoint that was loaded, or zeros."""
         own, given, job = self.loop.save, self.loop.load, topology.resolve().job
         mine = (self.chunks, self.optimizer, self.schedule)
         if own is not None and checkpoint.owned_by(own, job):
-            found = checkpoint.load(own, *mine)
+            found = checkpoint.load(own, *mine, ids=self.ids)
             if found[0]:
                 return found
         found = (0, 0)
@@ -70,6 +81,7 @@ class Trainer:
                 *mine,
                 with_optimizer=not self.loop.no_load_optim,
                 with_generators=not self.loop.no_load_rng,
+                ids=self.ids,
             )
         if own is not None:
             aside = checkpoint.claim(own, job, keep=bool(given) and _same_folder(own, str(given)))
@@ -302,7 +314,13 @@ class Trainer:
         assert self.loop.save is not None
         with self._synchronised_parameters():
             checkpoint.save(
-                self.loop.save, iteration, self.chunks, self.optimizer, self.schedule, self.samples
+                self.loop.save,
+                iteration,
+                self.chunks,
+                self.optimizer,
+                self.schedule,
+                self.samples,
+                ids=self.ids,
             )
 
     def _synchronised_parameters(self) -> Any:

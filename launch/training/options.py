@@ -105,6 +105,9 @@ class LossOptions:
         loss: stock, stock-native-fusion or cce.
         grad_filter, far_field_budget, workspace_mb, keep_logits_mb, strict, capture, capture_after:
             as the flags `--cce-...`.
+        interleave_ids: give rank r of W = tensor_model_parallel_size the ids r, r + W, ..., with
+            any of the losses. Tokens and labels of each batch are renumbered, so that the rows of
+            embedding and output layer stand for other ids; a checkpoint says so.
     """
 
     loss: str = "cce"
@@ -115,6 +118,7 @@ class LossOptions:
     strict: bool = False
     capture: str | None = None
     capture_after: int = 0
+    interleave_ids: bool = False
 
 
 LOSSES = ("stock", "stock-native-fusion", "cce")

@@ -63,12 +63,17 @@ def check(folder: Path) -> None:
             if path.suffix == ".pt":
                 torch.load(path, map_location="cpu", weights_only=True)
             else:
-                with open(path, "rb") as file:
-                    index = _Unpickler(file).load()
+                index = read_index(folder)
         except Exception as error:  # a damaged pickle can raise anything
             raise ValueError(f"{path.name} is not plain data: {_short(error)}") from error
     if index is not None:
         _check_objects(folder, index)
+
+
+def read_index(folder: Path) -> Any:
+    """What `.metadata` holds, of plain data alone: torch's Metadata, after a `check`."""
+    with open(folder / ".metadata", "rb") as file:
+        return _Unpickler(file).load()
 
 
 def _check_objects(folder: Path, index: Any) -> None:
