@@ -11,6 +11,7 @@ from cce_tp.far_field import (
     FarField,
     FarGradient,
     KeptRows,
+    RankBudget,
     SortedStatistics,
     TargetPlan,
     TileMasses,
@@ -101,7 +102,7 @@ class Backend(Protocol):
         logits: LocalLogits,
         *,
         ignore_index: int,
-        budget: float,
+        budget: RankBudget,
         slopes: bool,
     ) -> TileMasses: ...
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 # Tokens from which the variance of a row's logit is estimated; with one more row for the average,
 # a product of 64 rows reads the weight as fast as one row would.
 _SAMPLED_TOKENS = 63
+# Of the budget, what goes to the ranks by the rows that they have and not by the mass in them.
+_SHARE_BY_ROWS = 0.25
 # Wave quantisation: a gather of fewer rows is accepted for fuller waves, down to this share.
 _LEAST_GATHER = 0.5
 
@@ -46,6 +48,32 @@ class SortedStatistics(NamedTuple):
     packed: Tensor
     tiles: Tensor
     means: Tensor
+
+
+class RankBudget(NamedTuple):
+    """What one rank's tiles may leave to the far field, of all tokens that count.
+
+    The ranks' parts add up to the whole budget, without a word between them: the masses in the
+    shards add up to the number of tokens, and so do the shards' shares of the rows. A shard of rare
+    ids, with next to no mass, would keep most of its tiles for a part of that mass alone.
+
+    Attributes:
+        by_mass: of the mass in the shard.
+        by_rows: per token.
+    """
+
+    by_mass: float
+    by_rows: float
+
+    @classmethod
+    def of(cls, budget: float, rows: int, vocab_size: int) -> RankBudget:
+        """For a rank with so many of the global vocabulary's rows."""
+        by_rows = _SHARE_BY_ROWS * budget * rows / vocab_size
+        return cls((1 - _SHARE_BY_ROWS) * budget, by_rows)
+
+    @property
+    def is_zero(self) -> bool:
+        return self.by_mass == 0
 
 
 class TileMasses(NamedTuple):
@@ -153,7 +181,7 @@ class Ordered(NamedTuple):
             logits.target,
             logits,
             ignore_index=terms.ignore_index,
-            budget=budget,
+            budget=RankBudget.of(budget, logits.shape[1], terms.vocab_size),
             slopes=_needs_slopes(logits, terms.label_smoothing > 0),
         )
         target_logit = packed_RN[StatRows.TARGET].clone()

@@ -78,10 +78,10 @@ class GradFilter:
         are from that mass spread evenly over the tile: min(sqrt(B sum (p - mean p)^2), 2 mass), B
         being the rows of a tile, is at least sum |p - mean p|. Tiles are kept, for all tokens,
         those of the largest bound first, until those of the others sum to at most `budget` times
-        all mass, and until no token has more than 2^-6 in any of them. A tile that is not kept
-        contributes its exact mass, times the mean of its classifier rows to dE, and spread evenly
-        over its rows to dC; targets in it are exact. Stateless and deterministic;
-        docs/far-field.md derives it and bounds the error.
+        the number of tokens (a rank has its part of that), and until no token has more than 2^-6 in
+        any of them. A tile that is not kept contributes its exact mass, times the mean of its
+        classifier rows to dE, and spread evenly over its rows to dC; targets in it are exact.
+        Stateless and deterministic; docs/far-field.md derives it and bounds the error.
         """
         return cls("far-field", budget=budget)
 

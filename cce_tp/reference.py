@@ -16,6 +16,7 @@ from cce_tp.far_field import (
     FarField,
     FarGradient,
     KeptRows,
+    RankBudget,
     SortedStatistics,
     TargetPlan,
     TileMasses,
@@ -306,7 +307,7 @@ def tile_masses(
     logits: LocalLogits,
     *,
     ignore_index: int,
-    budget: float,
+    budget: RankBudget,
     slopes: bool,
 ) -> TileMasses:
     """As `kernels.far_field.tile_masses`."""
@@ -315,7 +316,7 @@ def tile_masses(
     ignored_N = target_N == ignore_index
     counted_TN = torch.where(ignored_N, 0.0, tiles[:, 1] * scale_TN)
     deviation_TN = 2 * counted_TN
-    if budget > 0:
+    if not budget.is_zero:
         count_T = (vocab - TILE_V * torch.arange(num_tiles, device=tiles.device)).clamp(max=TILE_V)
         # Scaled after the root: the square of a small scale would be 0.
         spread_TN = (count_T[:, None] * tiles[:, 2] - tiles[:, 1] ** 2).clamp(min=0).sqrt()
@@ -327,7 +328,8 @@ def tile_masses(
     ascending = num_tiles - 1 - torch.sort(deviation_T.flip(0), stable=True).indices
     left_T = torch.empty_like(total_T)
     left_T[ascending] = deviation_T[ascending].cumsum(dim=0)
-    kept = ~((left_T <= budget * total_T.sum()) & (largest_T <= LARGEST_FAR_MASS))
+    allowed = budget.by_mass * total_T.sum() + budget.by_rows * (~ignored_N).sum()
+    kept = ~((left_T <= allowed) & (largest_T <= LARGEST_FAR_MASS))
     kept[-1] |= vocab % TILE_V != 0
     kept[0] = True  # never none: the first holds the likeliest rows
     dtype = mass_dtype(logits.input.dtype)

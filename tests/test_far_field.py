@@ -16,6 +16,7 @@ from torch import Tensor
 import cce_tp
 from cce_tp import backward, far_field
 from cce_tp.backend import backend
+from cce_tp.far_field import RankBudget
 from cce_tp.workspace import (
     BackwardSizes,
     StripWalk,
@@ -604,3 +605,41 @@ def test_what_would_be_walked_in_narrow_strips_is_not_walked(
     sizes = kept_sizes(kept, hidden)
     walk = plan_rest(sizes, default_workspace_bytes(sizes.tokens, hidden, VOCAB), True)
     assert pays(sizes, (walk,), VOCAB) == walked, walk
+
+
+def test_ranks_share_the_budget() -> None:
+    """By rows a shard of rare ids may leave more than by its mass, and all together no more."""
+    shares = [RankBudget.of(0.04, rows, 1000) for rows in (700, 200, 100)]
+    masses = [0.9, 0.0999, 0.0001]
+    parts = [each.by_mass * mass + each.by_rows for each, mass in zip(shares, masses, strict=True)]
+    assert sum(parts) == pytest.approx(0.04) and parts[2] > 100 * 0.04 * masses[2]
+    assert RankBudget.of(0.0, 100, 1000).is_zero and not shares[0].is_zero
+
+
+def test_a_shard_of_rare_ids_keeps_few_tiles(pool: RankPool) -> None:
+    """Its little mass is uneven, so by that alone it would keep most of them."""
+    answers = pool.run(_rare_ids, ranks=2)
+    assert answers[0] == answers[1] < 0.3, answers
+
+
+def _rare_ids(rank: Rank) -> float:
+    random = torch.Generator().manual_seed(3)
+    weight = torch.randn(8192, 24, generator=random)
+    weight[:, 0] = 0.0
+    weight[:40, 0] = 3.0  # among the ids of rank 0
+    input = torch.randn(70, 24, generator=random) * 0.5
+    input[:, 0] = 4.0
+    target = torch.randint(0, 4096, (70,), generator=random)
+    shard = shard_of(rank, even_bounds(8192, 2), 8192)
+    mine = weight[rank.rank * 4096 : (rank.rank + 1) * 4096].clone().to(rank.device)
+    _, stats = cce_tp.linear_cross_entropy(
+        input.to(rank.device).requires_grad_(),
+        mine.requires_grad_(),
+        target.to(rank.device),
+        vocab_shard=shard,
+        return_stats=True,
+        impl="torch",
+        **far(),
+    )
+    assert stats.tiles_kept is not None
+    return float(stats.tiles_kept)

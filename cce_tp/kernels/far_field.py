@@ -18,6 +18,7 @@ from cce_tp.far_field import (
     FarField,
     FarGradient,
     KeptRows,
+    RankBudget,
     SortedStatistics,
     TargetPlan,
     TileMasses,
@@ -268,9 +269,9 @@ def tile_mass_kernel(
 ):
     """mass (T, N): sum of p over a tile, times the cap's derivative if CAPPED.
 
-    totals (3, T) fp32: the largest probability mass that a token has in the tile; the sum over the
-    tokens; and the sum of min(sqrt(rows * sum (p - mean p)^2), 2 mass), which bounds the distance
-    of p from its mean, or with STRICT of 2 mass. Ignored tokens do not count."""
+    totals (4, T) fp32: the largest probability mass that a token has in the tile; the sum over the
+    tokens; the sum of min(sqrt(rows * sum (p - mean p)^2), 2 mass), which bounds the distance of p
+    from its mean, or with STRICT of 2 mass; and the number of tokens. Ignored ones do not count."""
     tile = tl.program_id(0)
     part = tiles_ptr + tile.to(tl.int64) * ROWS * N
     squares_row: tl.constexpr = ROWS - 3 if CAPPED else ROWS - 1
@@ -278,6 +279,7 @@ def tile_mass_kernel(
     largest = tl.zeros((BLOCK_N,), dtype=tl.float32)
     total = tl.zeros((BLOCK_N,), dtype=tl.float32)
     deviation = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    number = tl.zeros((BLOCK_N,), dtype=tl.float32)
     for start in range(0, N, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         inside = rows < N
@@ -289,6 +291,7 @@ def tile_mass_kernel(
         target = tl.load(target_ptr + rows, mask=inside, other=0)
         scale = tl.exp2((max_x - max_all) * LOG2E - log_sum * LOG2E)
         counts = inside & (target != ignore_index)
+        number += counts.to(tl.float32)
         mass = tl.where(counts, sum_exp * scale, 0.0)
         # NaN reaches the total, which keeps everything.
         largest = tl.maximum(largest, mass)
@@ -309,6 +312,7 @@ def tile_mass_kernel(
     tl.store(totals_ptr + tile, tl.max(largest, axis=0))
     tl.store(totals_ptr + T + tile, tl.sum(total, axis=0))
     tl.store(totals_ptr + 2 * T + tile, tl.sum(deviation, axis=0))
+    tl.store(totals_ptr + 3 * T + tile, tl.sum(number, axis=0))
 
 
 @triton.jit
@@ -316,15 +320,17 @@ def select_tiles_kernel(
     totals_ptr,
     kept_ptr,
     T,
-    budget,
+    budget_by_mass,
+    budget_by_rows,
     largest_mass,
     RAGGED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """kept (T,) int32: 1 for a tile that is heavy, or that the budget does not cover.
 
-    The budget covers tiles in the order of their deviation, the smallest first; the sum of those
-    that come no later than a tile needs no sorting."""
+    totals (4, T) as `tile_mass_kernel` makes them. Of all mass here budget_by_mass may be left, and
+    budget_by_rows per token. The budget covers tiles in the order of their deviation, the smallest
+    first; the sum of those that come no later than a tile needs no sorting."""
     mine = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     my_largest = tl.load(totals_ptr + mine, mask=mine < T, other=0.0)
     my_deviation = tl.load(totals_ptr + 2 * T + mine, mask=mine < T, other=0.0)
@@ -338,7 +344,9 @@ def select_tiles_kernel(
         before = (deviation < my_deviation[:, None]) | tied
         left += tl.sum(tl.where(before, deviation, 0.0), axis=1)
     whole_mass = tl.sum(whole, axis=0)
-    fits = (left <= budget * whole_mass) & (my_largest <= largest_mass)
+    number = tl.load(totals_ptr + 3 * T)
+    fits = left <= budget_by_mass * whole_mass + budget_by_rows * number
+    fits &= my_largest <= largest_mass
     kept = tl.where(fits, 0, 1)
     if RAGGED:  # so that the number of rows kept follows from the number of tiles
         kept = tl.where(mine == T - 1, 1, kept)
@@ -797,7 +805,7 @@ def tile_masses(
     logits: LocalLogits,
     *,
     ignore_index: int,
-    budget: float,
+    budget: RankBudget,
     slopes: bool,
 ) -> TileMasses:
     """Each tile's share of each token's softmax, and which tiles to keep.
@@ -808,7 +816,7 @@ def tile_masses(
         target_N: (N,) int64 targets.
         logits: what the tiles were made of.
         ignore_index: target of a token that does not count.
-        budget: as in GradFilter.far_field.
+        budget: of this rank.
         slopes: also keep the sums of the cap's derivative.
     """
     num_tiles, per_tile, num_tokens = tiles.shape
@@ -817,7 +825,7 @@ def tile_masses(
     device, dtype = tiles.device, mass_dtype(logits.input.dtype)
     mass = made((num_tiles, num_tokens), dtype=dtype, device=device)
     slope = made((num_tiles if slopes else 0, num_tokens), dtype=dtype, device=device)
-    totals = made((3, num_tiles), dtype=torch.float32, device=device)
+    totals = made((4, num_tiles), dtype=torch.float32, device=device)
     kept = made(num_tiles, dtype=torch.int32, device=device)
     launch(
         tile_mass_kernel,
@@ -836,7 +844,7 @@ def tile_masses(
         ROWS=per_tile,
         CAPPED=logits.logit_softcap is not None,
         SLOPE=slopes,
-        STRICT=budget == 0,
+        STRICT=budget.is_zero,
         BLOCK_N=_BLOCK_N,
         num_warps=8,
     )
@@ -846,13 +854,14 @@ def tile_masses(
         totals_ptr=totals,
         kept_ptr=kept,
         T=num_tiles,
-        budget=float(budget),
+        budget_by_mass=budget.by_mass,
+        budget_by_rows=budget.by_rows,
         largest_mass=LARGEST_FAR_MASS,
         RAGGED=vocab % tile_rows(logits.input) != 0,
         BLOCK_T=_BLOCK_T,
         num_warps=8,
     )
-    return TileMasses(mass, slope, totals[1:], kept)
+    return TileMasses(mass, slope, totals[1:3], kept)
 
 
 def far_gradient(
