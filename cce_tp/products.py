@@ -78,6 +78,11 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
             out.copy_(wide)
 
 
+# Columns of G^T that start at such a multiple do so at 16 bytes. Where they do not, the library's
+# products are several times slower: 12.6 gemm instead of 4.3 with 8191 tokens.
+_ALIGNED = 8
+
+
 class InputSum:
     """Where dE of a token chunk is summed over strips: in fp32, and then rounded once.
 
@@ -91,15 +96,15 @@ class InputSum:
             out: (n, D) rows of dE.
             dtype: of the sum.
             in_place: one product makes it all, so that `out` itself may take it.
-            borrow: sum the first half of the tokens in the memory of `out`, which is half as wide
-                as the sum; only the other half takes memory of its own.
+            borrow: sum about the first half of the tokens in the memory of `out`, which is half as
+                wide as the sum; only the other half takes memory of its own.
         """
         self._out = out
         tokens, hidden = out.shape
         if in_place or out.dtype == dtype:
             self.parts = [(0, tokens, out)]
             return
-        half = tokens // 2 if borrow else 0
+        half = tokens // 2 // _ALIGNED * _ALIGNED if borrow else 0
         self.parts = []
         if half:
             inside = out[: 2 * half].view(-1).view(dtype).view(half, hidden)
@@ -114,7 +119,7 @@ class InputSum:
             out is not None
             and out.is_contiguous()
             and 2 * out.itemsize == dtype.itemsize
-            and out.shape[0] >= 2
+            and out.shape[0] >= 2 * _ALIGNED
         )
 
     def finish(self, unscale: Tensor | None) -> None:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from benchmark_runs import ALL_OPTIONS, CPU, QUICK, TINY, run
 from cce_tp import VocabShard, linear_cross_entropy, sharding
+from cce_tp.workspace import default_workspace_bytes
 from launch.benchmark import __main__ as command
 from launch.benchmark import collectives, measure, records, scaling, tables
-from launch.benchmark.catalogue import IMPLEMENTATIONS, Case, Options
+from launch.benchmark.catalogue import IMPLEMENTATIONS, Case, Options, Shape
 from launch.benchmark.implementations import TABLE, Implementation
 from launch.benchmark.measure import Meter, Timing
 from launch.benchmark.parallel import World
@@ -416,6 +417,24 @@ def loss_without_communication(rank: Rank) -> tuple[float, float, list[str]]:
 def test_results_at_hand_are_those_of_the_collectives(pool: RankPool) -> None:
     for loss, again, called in pool.run(loss_without_communication, ranks=2):
         assert again == loss and called == []
+
+
+def test_a_shard_alone_has_the_workspace_of_the_whole() -> None:
+    """As in a group, and not what its own small part would give."""
+    caps: list[float | None] = []
+
+    def build(problem: Problem) -> Any:
+        caps.append(problem.options.workspace_mib)
+        raise NotAvailable("it only looks")
+
+    table = {"looks": replace(TABLE["cce-tp-exact"], build=build)}
+    for shard, options in (
+        ((0, 4), Options()),
+        ((0, 4), Options(workspace_mib=3)),
+        (None, Options()),
+    ):
+        _measure(Case(shape=Shape(48, 16, 98), shard=shard, options=options), table)
+    assert caps == [default_workspace_bytes(48, 16, 98) / 2**20, 3, None]
 
 
 def test_a_shard_beside_the_whole(tmp_path: Path) -> None:

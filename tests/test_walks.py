@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from cce_tp import backward, sharding, workspace
+from cce_tp.products import InputSum
 from cce_tp.workspace import BackwardSizes, StripWalk, TokenWalk, Walk, WholeWalk, plan_backward
 from problems import Problem, call, check, same_bits
 from variants import DEVICE, IMPL_DTYPES
@@ -231,3 +232,20 @@ def test_the_choice_changes_rounding_only(impl: str) -> None:
     assert same_bits(first.grad_weight, again.grad_weight)
     torch.testing.assert_close(small.grad_weight, first.grad_weight, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(small.grad_input, first.grad_input, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("tokens", [16, 71, 8191])
+def test_halves_of_a_sum_start_aligned(tokens: int) -> None:
+    """An operand that starts at an odd token makes the library's product several times slower."""
+    out = torch.empty(tokens, 4, dtype=torch.bfloat16)
+    assert InputSum.can_borrow(out, torch.float32)
+    total = InputSum(out, torch.float32, in_place=False, borrow=True)
+    (start, middle, inside), (again, stop, own) = total.parts
+    assert (start, middle, stop) == (0, again, tokens) and middle % 8 == 0
+    assert 2 * inside.shape[0] > tokens - 16 and own.shape[0] == tokens - middle
+    values = torch.randn(tokens, 4)
+    for n0, n1, part in total.parts:
+        part.copy_(values[n0:n1])
+    total.finish(None)
+    assert same_bits(out, values.bfloat16())
+    assert not InputSum.can_borrow(out[:15], torch.float32)

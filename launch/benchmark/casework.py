@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 
+from cce_tp.workspace import default_workspace_bytes
 from launch.benchmark import collectives, machine, profiling, reference
 from launch.benchmark.catalogue import Case
 from launch.benchmark.implementations import Implementation
@@ -137,7 +138,12 @@ class CaseWork:
 
     def _problem(self, group: Any, vocab: int) -> Problem:
         parts = self.case.sequence_parallel and group is not None
-        return Problem(vocab, self.case.options, self.world.device, group, self.world.alone, parts)
+        options, shape = self.case.options, self.case.shape
+        if self.case.shard is not None and options.workspace_mib is None:
+            # As in a group, where the default follows from the whole vocabulary.
+            cap = default_workspace_bytes(shape.tokens, shape.hidden, shape.vocab)
+            options = replace(options, workspace_mib=cap / 2**20)
+        return Problem(vocab, options, self.world.device, group, self.world.alone, parts)
 
     def _beside_gemm(self, work: Callable[[Callable[[], Any] | None], T]) -> T:
         """`work` with E @ C^T of the rows held here, to be run between the runs of a step.
