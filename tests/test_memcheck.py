@@ -25,26 +25,40 @@ from cce_tp import GradFilter, linear_cross_entropy
 alone = [dict(), dict(label_smoothing=0.1), dict(z_loss=1e-3), dict(logit_scale=0.5),
          dict(logit_softcap=20.0), dict(return_stats=True), dict(return_stats="entropy"),
          dict(grad_filter=GradFilter.paper(2.0**-8)), dict(reduction="mean"), dict(reduction="sum"),
-         dict(into=True)]
+         dict(into=True), dict(keep_logits_bytes=1 << 17), dict(keep=0.3),
+         dict(keep=0.3, into=True), dict(keep=0.3, return_stats=True)]
 everything = dict(label_smoothing=0.1, z_loss=1e-3, logit_scale=0.5, logit_softcap=20.0,
                   return_stats="entropy", grad_filter=GradFilter.paper(2.0**-8))
 dtypes = (torch.bfloat16, torch.float16, torch.float32)
 cases = [(dtype, hidden, options)
          for dtype, hidden in itertools.product(dtypes, (37, 136)) for options in ({}, everything)]
 cases += [(torch.bfloat16, 40, options) for options in alone]
+del everything["grad_filter"]
+cases += [(dtype, hidden, dict(everything, keep=0.3))
+          for dtype, hidden in itertools.product(dtypes, (37, 136))]
 for dtype, hidden, options in cases:
     options = dict(options)
-    into = options.pop("into", False)
-    input = torch.randn(151, hidden, device="cuda", dtype=dtype, requires_grad=True)
-    weight = torch.randn(601, hidden, device="cuda", dtype=dtype, requires_grad=True)
-    bias = torch.randn(601, device="cuda", dtype=dtype, requires_grad=True) if options else None
-    target = torch.randint(0, 601, (151,), device="cuda")
-    target[:4] = torch.tensor([-100, -5, 601, 2**40])
+    into, keep = options.pop("into", False), options.pop("keep", None)
+    # With the far field a few likely rows, so that their tiles are kept and others are not; without
+    # a bias it takes its first columns ahead.
+    vocab, spread = (601, 1.0) if keep is None else (5003, 0.05)
+    has_bias = bool(options) and (keep is None or len(options) > 1)
+    input = torch.randn(151, hidden, device="cuda")
+    weight = spread * torch.randn(vocab, hidden, device="cuda")
+    if keep is not None:
+        input = 0.5 + 0.1 * input
+        weight[::9][:300] += 20 / hidden
+        options["grad_filter"] = GradFilter.far_field(keep)
+    input, weight = (each.to(dtype).requires_grad_() for each in (input, weight))
+    bias = torch.randn(vocab, device="cuda", dtype=dtype, requires_grad=True) if has_bias else None
+    target = torch.randint(0, vocab, (151,), device="cuda")
+    # A target that is no id makes its token NaN, for which the far field keeps everything.
+    target[:4] = torch.tensor([-100, -5, vocab, 2**40] if keep is None else [-100] * 4)
     if into:
-        options["grad_weight_out"] = torch.zeros(601, hidden, device="cuda")
+        options["grad_weight_out"] = torch.zeros(vocab, hidden, device="cuda")
     options.setdefault("reduction", "none")
     answer = linear_cross_entropy(input, weight, target, linear_bias=bias, impl="triton",
-                                  workspace_bytes=1 << 20, **options)
+                                  workspace_bytes=(1 if keep is None else 16) << 20, **options)
     loss = answer[0] if isinstance(answer, tuple) else answer
     (loss[4:] if loss.dim() else loss).sum().backward()
 torch.cuda.synchronize()
