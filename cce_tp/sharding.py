@@ -327,7 +327,7 @@ class InputGradReduction:
     def __init__(self, partial: Tensor | None, out: Tensor | None, group_name: str) -> None:
         """
         Args:
-            partial: (N, D) this rank's part of dE, to be filled before `start`.
+            partial: (N, D) this rank's part of dE, to be filled before `start`; None with no group.
             out: (N / W, D) for this rank's tokens of the sum; None: `partial` takes the whole sum.
             group_name: registered name, or "" to leave the partial sum.
         """
@@ -338,6 +338,7 @@ class InputGradReduction:
         """Enqueue the collective, asynchronously."""
         if not self._group_name:
             return
+        assert self._partial is not None
         group = _entry(self._group_name).group
         if self._out is None:
             self._work = dist.all_reduce(self._partial, group=group, async_op=True)
