@@ -257,10 +257,19 @@ def test_table_of_records_of_the_first_schema(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(_FIGURES.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_kept_records_make_tables_and_figures(path: Path, tmp_path: Path) -> None:
+    """Figures are of whole problems on one rank."""
     found = records.read([str(path)])
     text = tables.markdown(found)
-    assert all(f"| {record['implementation']} " in text for record in found[0])
-    assert any(line.endswith(".svg") for line in figures.draw(found, tmp_path, "svg"))
+    assert found[0]
+    for record in found[0]:
+        cell = "kernels of {}" if record["kind"] == "profile" else "{}"
+        assert f"| {cell.format(record['implementation'])} " in text
+    whole = any(
+        record["kind"] == "timing" and not record["shard"] and not record["ranks"]
+        for record in found[0]
+    )
+    lines = figures.draw(found, tmp_path, "svg")
+    assert any(line.endswith(".svg") for line in lines) == whole
 
 
 def test_figures_of_made_up_records(tmp_path: Path) -> None:
