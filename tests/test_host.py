@@ -9,6 +9,7 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -21,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import cce_tp
 from cce_tp import ops
-from cce_tp.kernels import launch
+from cce_tp.kernels import launch, tuning
 from cce_tp.kernels.launch import Prepared
 from variants import DEVICE
 
@@ -109,6 +110,29 @@ def test_launches_and_operators_where_tokens_are_more_than_hidden(count: Any) ->
     assert seen.of("mm", "addmm", "addmm_") == 4
     assert seen.of(*MEMORY) <= 4 and seen.of(*VIEWS) <= 12
     assert seen.operators.total() == seen.of("mm", "addmm_", *MEMORY, *VIEWS)
+
+
+def test_settings_are_read_at_every_call() -> None:
+    """What is kept for the same sizes is not kept for other settings."""
+    input, weight, target = operands(64, 128, 1024)
+    seen = []
+
+    def launched(self: Prepared, *tensors: Tensor | None) -> None:
+        if self._kernel.fn.__name__ == "tile_statistics_kernel":
+            seen.append((self._arguments["PRECISION"], self._arguments["BLOCK_V"]))
+
+    def call() -> None:
+        with torch.no_grad():
+            cce_tp.linear_cross_entropy(input, weight, target, impl="triton")
+
+    other = replace(tuning.config_for(input)[0], block_v=16)
+    with mock.patch.object(Prepared, "__call__", launched):
+        call()
+        with mock.patch.object(tuning, "input_precision", lambda _: "tf32"), tuning.forced(other):
+            call()
+        call()
+    first, second, third = seen
+    assert second == ("tf32", 16) and first == third != second
 
 
 class _Compiled:
