@@ -5,15 +5,16 @@ python -m launch.compare --config configs/h200_comparison.yaml --ranks 2 --out r
 
 Trains a few steps of launch.pretrain with each loss, on made-up tokens and without validation, each
 in processes of its own under torchrun. On GPUs it then looks for the largest micro-batch that
-fits: it expects memory to grow in proportion, tries the size that should just fit, and halves what
-is left between the largest that did and the smallest that did not, to 2%. One JSON record per
-attempt, a table at the end.
+fits, with three steps an attempt: it expects memory to grow in proportion, tries the size that
+should just fit, and halves what is left between the largest that did and the smallest that did not,
+to 2%. A JSON record of what is compared, then one per attempt, a table at the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import importlib.metadata
 import json
 import re
 import shutil
@@ -38,6 +39,8 @@ _QUIET = (
 _RESERVE_MIB = 3072
 # The first steps compile and warm up.
 _WARM_UP = 3
+# Enough to know that a micro-batch fits: the optimizer's state is there from the second step on.
+_SEARCH_STEPS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,13 +141,13 @@ class Runner:
         self.args, self._note = args, note
         self._end = time.monotonic() + 60 * args.minutes
 
-    def __call__(self, loss: str, micro_batch: int) -> Attempt:
-        """Train with a loss and a micro-batch."""
-        found = self._run(loss, micro_batch)
+    def __call__(self, loss: str, steps: int, micro_batch: int) -> Attempt:
+        """Train so many steps with a loss and a micro-batch."""
+        found = self._run(loss, steps, micro_batch)
         self._note(found)
         return found
 
-    def _run(self, loss: str, micro_batch: int) -> Attempt:
+    def _run(self, loss: str, steps: int, micro_batch: int) -> Attempt:
         left_s = min(self.args.timeout_s, self._end - time.monotonic())
         if left_s < 5:
             return Attempt(loss, micro_batch, "out of time")
@@ -153,7 +156,7 @@ class Runner:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node", str(args.ranks), "-m", "launch.pretrain"]
             command += ["--config", args.config, *args.overrides, *_QUIET, f"cce.loss={loss}"]
-            command += [f"run_dir={folder}", f"megatron.train_iters={args.steps}"]
+            command += [f"run_dir={folder}", f"megatron.train_iters={steps}"]
             command += ["megatron.lr_warmup_iters=0", f"megatron.micro_batch_size={micro_batch}"]
             command += [f"megatron.global_batch_size={micro_batch * args.micro_batches}"]
             try:
@@ -196,14 +199,27 @@ def _sequence_length(args: argparse.Namespace) -> int:
     return given.get("seq_length", LoopOptions.seq_length)
 
 
-def _memory_mib() -> float | None:
-    """Of the smallest GPU, or None without one; asked of the driver, which takes none of it."""
+def _gpus() -> list[tuple[str, float]]:
+    """Name and MiB of each GPU; asked of the driver, which takes none of the memory."""
     if shutil.which("nvidia-smi") is None:
-        return None
-    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
-    sizes = [float(line) for line in done.stdout.split() if line.strip().isdecimal()]
-    return min(sizes, default=None)
+    lines = [line.rsplit(",", 1) for line in done.stdout.splitlines() if "," in line]
+    return [(name.strip(), float(size)) for name, size in lines if size.strip().isdecimal()]
+
+
+def setup(args: argparse.Namespace, gpus: Sequence[tuple[str, float]]) -> dict[str, Any]:
+    """What was compared, where: the first record."""
+    packages = ("torch", "triton", "megatron-core")
+    return {
+        "config": args.config,
+        "overrides": args.overrides,
+        "ranks": args.ranks,
+        "micro_batches": args.micro_batches,
+        "gpus": sorted({name for name, _ in gpus}),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+    }
 
 
 def table(rows: Sequence[tuple[Attempt, Attempt | None, int | None]]) -> str:
@@ -238,7 +254,7 @@ def parser() -> argparse.ArgumentParser:
     add("--losses", default=",".join(LOSSES), metavar="NAME,...", help="default: all")
     add("--micro-batch", type=int, default=4, metavar="B", help="sequences to time with (4)")
     add("--micro-batches", type=int, default=1, metavar="M", help="a step, of all replicas (1)")
-    add("--steps", type=int, default=20, metavar="N", help="per attempt (20)")
+    add("--steps", type=int, default=20, metavar="N", help="to time each loss (20)")
     add("--tries", type=int, default=4, metavar="N", help="to find the largest micro-batch (4)")
     add("--minutes", type=float, default=60, metavar="T", help="no attempt starts later (60)")
     add("--timeout-s", type=float, default=300, metavar="T", help="of one attempt (300)")
@@ -255,22 +271,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser().error(f"--losses: expected names among {', '.join(LOSSES)}, got {unknown[0]!r}")
     attempts: list[Attempt] = []
 
-    def note(found: Attempt) -> None:
-        attempts.append(found)
-        line = json.dumps(asdict(found))
+    def write(record: dict[str, Any]) -> None:
+        line = json.dumps(record)
         print(line, flush=True)
         if args.out:
             Path(args.out).parent.mkdir(parents=True, exist_ok=True)
             with open(args.out, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
 
-    run, memory = Runner(args, note), _memory_mib()
-    firsts = [run(loss, args.micro_batch) for loss in args.losses.split(",")]
+    def note(found: Attempt) -> None:
+        attempts.append(found)
+        write(asdict(found))
+
+    run, gpus = Runner(args, note), _gpus()
+    memory = min((size for _, size in gpus), default=None)
+    write(setup(args, gpus))
+    firsts = [run(loss, args.steps, args.micro_batch) for loss in args.losses.split(",")]
     rows: list[tuple[Attempt, Attempt | None, int | None]] = []
     for first in firsts:
         fits, fails = None, None
         if memory is not None and first.status == "ok" and args.tries:
-            attempt = functools.partial(run, first.loss)
+            attempt = functools.partial(run, first.loss, min(args.steps, _SEARCH_STEPS))
             fits, fails = search(attempt, first, memory - _RESERVE_MIB, args.tries)
         rows.append((first, fits, fails))
     print(table(rows))

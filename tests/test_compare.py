@@ -73,8 +73,9 @@ def test_one_attempt(
     flags = ["--config", "configs/tiny_cpu.yaml", "--losses", "cce", "--steps", "2"]
     flags += ["--micro-batch", "1", "--out", str(tmp_path / "rows.jsonl")]
     assert compare.main([*flags, "megatron.tensor_model_parallel_size=1"]) == 0
-    (line,) = (tmp_path / "rows.jsonl").read_text().splitlines()
-    found = json.loads(line)
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    setup, found = map(json.loads, lines)
+    assert setup["ranks"] == 1 and setup["versions"].keys() >= {"torch", "triton"}
     assert found["status"] == "ok" and found["step_ms"] > 0 and found["peak_mib"] > 0
     assert "| cce, micro-batch 1 |" in capsys.readouterr().out
 
