@@ -165,12 +165,20 @@ class Runner:
                 return Attempt(loss, micro_batch, "out of time")
             metrics = Path(folder) / "metrics.jsonl"
             if not (Path(folder) / "summary.json").exists():
-                memory = re.search("OutOfMemoryError|out of memory", output)
+                memory = ran_out_of_memory(output)
                 status = "out of memory" if memory else "failed"
                 return Attempt(loss, micro_batch, status, reason=None if memory else why(output))
             records = [json.loads(line) for line in metrics.read_text().splitlines()]
         tokens = micro_batch * args.micro_batches * _sequence_length(args)
         return measured(loss, micro_batch, tokens, records)
+
+
+def ran_out_of_memory(output: str) -> bool:
+    """Whether a failed run lacked GPU memory, as far as one can tell.
+
+    Where PyTorch has taken all of it, NCCL's own allocations fail, with nothing but this message.
+    """
+    return re.search("OutOfMemoryError|out of memory|unhandled cuda error", output) is not None
 
 
 def why(output: str) -> str:

@@ -84,3 +84,11 @@ def test_the_reason_of_a_failure_is_found() -> None:
     assert compare.why("a\nlaunch.pretrain: x: expected y\nb") == "launch.pretrain: x: expected y"
     assert compare.why("[rank1]: ValueError: bad\n[rank0]: x").endswith("ValueError: bad")
     assert compare.why("nothing known") == "nothing known"
+
+
+def test_lack_of_memory_is_told_from_other_failures() -> None:
+    assert compare.ran_out_of_memory("torch.OutOfMemoryError: CUDA out of memory. Tried to")
+    assert compare.ran_out_of_memory(
+        "DistBackendError: NCCL error in: x, unhandled cuda error (run"
+    )
+    assert not compare.ran_out_of_memory("ValueError: expected memory")
