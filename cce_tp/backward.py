@@ -28,10 +28,12 @@ from cce_tp.workspace import (
     ALIGNMENT,
     BackwardSizes,
     StripWalk,
+    TailWalk,
     TokenWalk,
     Walk,
     WholeWalk,
     blocks,
+    borrowed_tokens,
     pays,
     plan_backward,
     plan_head,
@@ -258,6 +260,8 @@ class _BackwardPass:
                 self._token_walk(walk, sizes, head)
             elif isinstance(walk, WholeWalk):
                 self._whole_walk(walk, sizes)
+            elif isinstance(walk, TailWalk):
+                self._tail_walk(walk, sizes)
             else:
                 self._strip_walk(walk, bias=not sizes.need_input)
 
@@ -291,6 +295,8 @@ class _BackwardPass:
                     held = self.far.kept.home.shape[0] if late is None else late
                     loan_bytes = held * hidden * dC.itemsize
         sums_apart = dE is not None and dE.dtype != self.sum_dtype
+        # The rows of dC as rows of the accumulator.
+        holds = lent_row > 0 and weight_row == 0 and lent_row % wide == 0
         sum_row = hidden * wide * (sums_apart + copies)
         return BackwardSizes(
             tokens=num_tokens,
@@ -300,6 +306,7 @@ class _BackwardPass:
             token_row=sum_row,
             single_row=sum_row if self.apart else 0,
             can_borrow=sums_apart and InputSum.can_borrow(dE, self.sum_dtype) and not self.eps,
+            can_hold=sums_apart and holds,
             strip_row=hidden * (gathers * itemsize + copies * wide),
             weight_row=weight_row,
             weight_accumulator=hidden * wide,
@@ -405,7 +412,8 @@ class _BackwardPass:
         num_tokens, vocab, hidden = self.logits.shape
         everything = _Strip(0, vocab, None)
         first = vocab * (hidden * grad_weight.itemsize - sizes.gradient_row)
-        out = _memory_of(grad_weight, first, (vocab, num_tokens), self.logits.input.dtype)
+        shape, pitch = (vocab, num_tokens), _padded(num_tokens)
+        out = _memory_of(grad_weight, first, shape, self.logits.input.dtype, pitch)
         _, grad_VN, _ = self._gradient(everything, self.logits, (0, num_tokens), out)
         self._add_bias(everything, grad_VN)
         for n0, n1 in blocks(num_tokens, walk.chunk):
@@ -426,6 +434,39 @@ class _BackwardPass:
                 part = buffer[: stop - start, :num_tokens].copy_(part)
             strip = _Strip(start, stop, None)
             self._add_weight(grad_weight, strip, part, self.logits.input, None, accumulate=False)
+
+    def _tail_walk(self, walk: TailWalk, sizes: BackwardSizes) -> None:
+        """dE's sum in the last rows of dC; their part of dE first, their part of dC last."""
+        grad_input, grad_weight = self.sinks.input, self.sinks.weight
+        assert grad_input is not None and grad_weight is not None
+        num_tokens, vocab, hidden = self.logits.shape
+        apart = num_tokens - (borrowed_tokens(num_tokens) if walk.borrow else 0)
+        first = _aligned((vocab - walk.tail) * hidden * grad_weight.itemsize)
+        held = _memory_of(grad_weight, first, (apart, hidden), self.sum_dtype, hidden)
+        total = InputSum(grad_input, self.sum_dtype, in_place=False, borrow=walk.borrow, held=held)
+        tokens, buffer = (0, num_tokens), self._buffer(walk.strip, num_tokens)
+        steps = [(start, stop, True) for start, stop in walk.ahead(sizes)]
+        steps += [(start, stop, False) for start, stop in walk.front(sizes)]
+        for start, stop, ahead in steps:
+            strip, logits = self.columns.strip(start, stop)
+            if ahead:
+                out = self._lent_rows(0, stop - start)
+            else:
+                out = self._lent(start, stop) if stop - start > walk.strip else buffer
+            logits, grad_VN, _ = self._gradient(strip, logits, tokens, out)
+            self._add_bias(strip, grad_VN)
+            add = (start, stop, ahead) != steps[0]
+            for t0, t1, part in total.parts:
+                self._product(part, _columns_of(grad_VN, t0, t1), logits.weight, None, add)
+            if (start, stop, ahead) == steps[-1]:
+                self._finish_input(total, tokens)
+            if not ahead:
+                self._add_weight(grad_weight, strip, grad_VN, logits.input, None, accumulate=False)
+        for start, stop in walk.behind(sizes):
+            strip, logits = self.columns.strip(start, stop)
+            out = self._lent(start, stop) if stop - start > walk.strip else buffer
+            logits, grad_VN, _ = self._gradient(strip, logits, tokens, out)
+            self._add_weight(grad_weight, strip, grad_VN, logits.input, None, accumulate=False)
 
     def _strip_walk(self, walk: StripWalk, *, bias: bool) -> None:
         """Strips outside, token chunks inside: dC (and the bias gradient) with a sum in fp32."""
@@ -472,7 +513,7 @@ class _BackwardPass:
         assert out is not None
         first = _aligned(first_row * out.shape[1] * out.itemsize)
         shape = (columns, self.logits.shape[0])
-        return _memory_of(out, first, shape, self.logits.input.dtype)
+        return _memory_of(out, first, shape, self.logits.input.dtype, _padded(shape[1]))
 
     def _gradient(
         self, strip: _Strip, columns: LocalLogits, tokens: tuple[int, int], buffer: Tensor
@@ -581,13 +622,13 @@ def _aligned(first_byte: int) -> int:
 
 
 def _memory_of(
-    grad_weight: Tensor, first_byte: int, shape: tuple[int, int], dtype: torch.dtype
+    grad_weight: Tensor, first_byte: int, shape: tuple[int, int], dtype: torch.dtype, pitch: int
 ) -> Tensor:
-    """(rows, tokens) of G^T, rows padded, in the memory of dC from a byte of it on."""
+    """A matrix of this shape, its rows `pitch` apart, in the memory of dC from a byte of it on."""
     # One view of two dimensions for three of one: each keeps the host as long.
     flat = grad_weight if grad_weight.dtype == dtype else grad_weight.view(dtype)
     first = flat.storage_offset() + first_byte // dtype.itemsize
-    return flat.as_strided(shape, (_padded(shape[1]), 1), first)
+    return flat.as_strided(shape, (pitch, 1), first)
 
 
 def _padded(num_tokens: int) -> int:

@@ -12,6 +12,9 @@ way can avoid, and the cheapest that fits is taken:
 - `TokenWalk`, both cut: the smallest buffers.
 - `WholeWalk`: all of G^T at the end of dC's memory (N <= D), neither sum is needed; dC is written
   from its start, and what of G^T is in the way by then is copied out strip by strip.
+- `TailWalk`: dE's accumulator in the last rows of dC, whose logits are recomputed once more when dE
+  is complete: where the workspace does not hold the accumulator, and the vocabulary is large beside
+  N.
 - two passes, one for dE and one for dC (`StripWalk`): one more recomputation of the logits.
 
 Legend: N tokens, V vocabulary rows of this rank, D hidden size.
@@ -90,6 +93,7 @@ class BackwardSizes(NamedTuple):
         token_row: bytes per token of dE's accumulator, 0 where dE itself takes the sum.
         single_row: bytes per token of dE's temporary where one product makes it.
         can_borrow: whether half of dE's accumulator fits into dE's own memory.
+        can_hold: whether rows of dC that may hold G may hold dE's accumulator as well.
         strip_row: bytes per vocabulary row of a strip beside the buffer (gathered rows).
         weight_row: bytes per vocabulary row of a strip where a step makes dC (its temporaries).
         weight_accumulator: bytes per vocabulary row of dC's own accumulator.
@@ -110,6 +114,7 @@ class BackwardSizes(NamedTuple):
     token_row: int
     single_row: int
     can_borrow: bool
+    can_hold: bool
     strip_row: int
     weight_row: int
     weight_accumulator: int
@@ -168,20 +173,23 @@ class TokenWalk:
 
     def strips(self, sizes: BackwardSizes) -> Iterator[tuple[int, int]]:
         """(start, stop) of each strip."""
-        start = 0
-        while start < sizes.vocab:
-            width = self.strip
-            if self.lent:
-                width = max(width, _lent_width(sizes, sizes.vocab - start))
-            yield start, min(start + width, sizes.vocab)
-            start += width
+        if self.lent:
+            return _lent_strips(sizes, self.strip, 0, sizes.vocab)
+        return iter(blocks(sizes.vocab, self.strip))
 
 
-def _lent_width(sizes: BackwardSizes, rows_left: int) -> int:
-    """Columns of the widest strip whose G fits into the rows of dC after its own."""
-    room = rows_left * sizes.lent_row - ALIGNMENT
-    width = room // (sizes.gradient_row + sizes.lent_row)
-    return max(0, width - width % _STRIP_STEP)
+def _lent_strips(
+    sizes: BackwardSizes, least: int, first: int, last: int
+) -> Iterator[tuple[int, int]]:
+    """(start, stop) of strips of [first, last): as wide that G fits into the rows of dC after the
+    strip's own and before `last`, but at least as wide as the buffer, which takes it then."""
+    start = first
+    while start < last:
+        room = (last - start) * sizes.lent_row - ALIGNMENT
+        width = room // (sizes.gradient_row + sizes.lent_row)
+        width = max(least, width - width % _STRIP_STEP)
+        yield start, min(start + width, last)
+        start += width
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +235,37 @@ class WholeWalk:
             start += width
 
 
-Walk = TokenWalk | StripWalk | WholeWalk
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TailWalk:
+    """All tokens at once; the last rows of dC, the tail, hold dE's accumulator until it is done.
+
+    Attributes:
+        tail: rows.
+        strip: columns that the buffer holds, a multiple of 16.
+        borrow: half of dE's accumulator lies in dE itself.
+    """
+
+    tail: int
+    strip: int
+    borrow: bool
+
+    def ahead(self, sizes: BackwardSizes) -> list[tuple[int, int]]:
+        """(start, stop) of each strip of the tail for dE, with G in the rows of dC before it."""
+        front = sizes.vocab - self.tail
+        width = (front * sizes.lent_row - ALIGNMENT) // sizes.gradient_row
+        width = max(_STRIP_STEP, width - width % _STRIP_STEP)
+        return [(front + start, front + stop) for start, stop in blocks(self.tail, width)]
+
+    def front(self, sizes: BackwardSizes) -> Iterator[tuple[int, int]]:
+        """(start, stop) of each strip of the rows before the tail, for dE and dC."""
+        return _lent_strips(sizes, self.strip, 0, sizes.vocab - self.tail)
+
+    def behind(self, sizes: BackwardSizes) -> Iterator[tuple[int, int]]:
+        """(start, stop) of each strip of the tail for dC."""
+        return _lent_strips(sizes, self.strip, sizes.vocab - self.tail, sizes.vocab)
+
+
+Walk = TokenWalk | StripWalk | WholeWalk | TailWalk
 
 
 def _fit(available: int, per_unit: int, size: int, step: int) -> int:
@@ -255,6 +293,7 @@ def plan_backward(sizes: BackwardSizes, workspace_bytes: int) -> tuple[Walk, ...
                 found += _token_walk(sizes, available, chunk, weight=False, borrow=borrow)
     if sizes.need_weight:
         found += _whole_walk(sizes, available)
+        found += _tail_walk(sizes, available)
         found += _two_passes(sizes, available)
     if not found:
         # The least that there is; plans that fit are preferred, however slow.
@@ -323,6 +362,12 @@ def pays(sizes: BackwardSizes, walks: tuple[Walk, ...], rows: int) -> bool:
         if isinstance(walk, TokenWalk) and _sum_again(sizes) > _IN_CACHE:
             cost += max(0, -(-sizes.vocab // walk.strip) - 1) * _sum_again(sizes)
     return cost <= _WELL_BELOW * products * product * rows
+
+
+def borrowed_tokens(tokens: int) -> int:
+    """How many of the fp32 sums of so many 16-bit rows lie in those rows' own memory: half of them,
+    cut where operands of products start aligned."""
+    return tokens // 2 // 8 * 8
 
 
 def _sum_again(sizes: BackwardSizes) -> int:
@@ -419,6 +464,29 @@ def _whole_walk(sizes: BackwardSizes, available: int) -> list[tuple[int, tuple[W
     price = 2 * copied * sizes.gradient_row + sizes.edges(chunk, sizes.vocab / len(strips)) // 2
     # G, dE of each chunk, dC of each strip, and the copies.
     price += (1 - -sizes.tokens // chunk + sum(1 + copied for *_, copied in strips)) * _STEP
+    return [(price, (walk,))]
+
+
+def _tail_walk(sizes: BackwardSizes, available: int) -> list[tuple[int, tuple[Walk, ...]]]:
+    if not sizes.can_hold:
+        return []
+    borrowed = borrowed_tokens(sizes.tokens) if sizes.can_borrow else 0
+    held = (sizes.tokens - borrowed) * sizes.token_row + ALIGNMENT
+    tail = 16 * -(-held // (16 * sizes.lent_row))
+    # At least one strip of the tail must fit into the rows before it.
+    if (sizes.vocab - tail) * sizes.lent_row < _STRIP_STEP * sizes.gradient_row + ALIGNMENT:
+        return []
+    row = sizes.gradient_row
+    widest = min(_widest(sizes, sizes.tokens), _LAST_STRIPS)
+    strip = min(_fit(available, row, sizes.vocab, _STRIP_STEP), widest)
+    if strip * row > available:
+        return []
+    walk = TailWalk(tail=tail, strip=strip, borrow=sizes.can_borrow)
+    sums = len(walk.ahead(sizes)) + sum(1 for _ in walk.front(sizes))
+    writes = sum(1 for _ in walk.front(sizes)) + sum(1 for _ in walk.behind(sizes))
+    price = sizes.gemm * tail // sizes.vocab + (sums - 1) * _sum_again(sizes)
+    price += sizes.edges(sizes.tokens, sizes.vocab / max(sums, writes))
+    price += int(sizes.can_borrow * _HALVES * sizes.gemm) + 2 * (sums + writes) * _STEP
     return [(price, (walk,))]
 
 

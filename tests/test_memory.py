@@ -216,7 +216,7 @@ def test_no_shard_holds_its_logits(pool: RankPool, cap: int | None) -> None:
 @pytest.mark.parametrize("mib", [None, 16], ids=["default", "16MiB"])
 @pytest.mark.parametrize(
     ("tokens", "hidden", "vocab"),
-    [(8192, 2304, 256000), (8192, 4096, 128256), (8192, 8192, 16032)],
+    [(8192, 2304, 256000), (8192, 4096, 128256), (8192, 8192, 16032), (8192, 4096, 32000)],
     ids=str,
 )
 def test_peak_on_the_gpu(impl: str, mib: int | None, tokens: int, hidden: int, vocab: int) -> None:

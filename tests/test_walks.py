@@ -17,7 +17,15 @@ import torch
 
 from cce_tp import backward, sharding, workspace
 from cce_tp.products import InputSum
-from cce_tp.workspace import BackwardSizes, StripWalk, TokenWalk, Walk, WholeWalk, plan_backward
+from cce_tp.workspace import (
+    BackwardSizes,
+    StripWalk,
+    TailWalk,
+    TokenWalk,
+    Walk,
+    WholeWalk,
+    plan_backward,
+)
 from problems import Problem, call, check, same_bits
 from variants import DEVICE, IMPL_DTYPES
 
@@ -33,6 +41,8 @@ WALKS: dict[str, tuple[Walk, ...]] = {
     "both-cut-borrowed": (TokenWalk(chunk=32, strip=96, weight=True, borrow=True),),
     "whole": (WholeWalk(96, 75),),
     "whole-in-chunks": (WholeWalk(96, 32),),
+    "tail": (TailWalk(tail=160, strip=16, borrow=False),),
+    "tail-and-borrowed": (TailWalk(tail=96, strip=16, borrow=True),),
     "two-passes": (TokenWalk(chunk=32, strip=703, weight=False), StripWalk(96, 75)),
     "two-passes-cut": (TokenWalk(chunk=32, strip=96, weight=False), StripWalk(96, 32)),
 }
@@ -160,6 +170,42 @@ def test_a_whole_walk_copies_no_more_than_it_must() -> None:
     assert strips == [(0, 2048, False), (2048, 3072, False), (3072, 4096, True)]
 
 
+@pytest.mark.parametrize("shape", [(512, 96, 5000), (8192, 4096, 32000), (75, 200, 703)], ids=str)
+@pytest.mark.parametrize("can_borrow", [False, True])
+def test_a_tail_holds_the_sum_and_nothing_overwrites_it(
+    shape: tuple[int, int, int], can_borrow: bool
+) -> None:
+    tokens, hidden, vocab = shape
+    sizes = sizes_of(*shape, can_borrow=can_borrow, gradient_row=-(-tokens // 16) * 32)
+    ((_, (walk,)),) = workspace._tail_walk(sizes, 40 * MIB)
+    assert isinstance(walk, TailWalk) and walk.borrow == can_borrow
+    row, front = sizes.lent_row, vocab - walk.tail
+    held = (tokens - can_borrow * workspace.borrowed_tokens(tokens)) * 4 * hidden
+    # Aligned up from the first row of the tail.
+    assert -(-front * row // workspace.ALIGNMENT) * workspace.ALIGNMENT + held <= vocab * row
+    parts = (walk.ahead(sizes), list(walk.front(sizes)), list(walk.behind(sizes)))
+    for strips, first, last in zip(parts, (front, 0, front), (vocab, front, vocab), strict=True):
+        assert strips[0][0] == first and strips[-1][1] == last
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(strips))
+    assert all((stop - start) * sizes.gradient_row <= front * row for start, stop in parts[0])
+    for strips, last in ((parts[1], front), (parts[2], vocab)):
+        for start, stop in strips:
+            if stop - start > walk.strip:  # G lies after the strip's own rows
+                used = -(-stop * row // workspace.ALIGNMENT) * workspace.ALIGNMENT
+                assert used + (stop - start) * sizes.gradient_row <= last * row
+
+
+def test_a_tail_is_taken_where_the_sum_fits_nowhere_else() -> None:
+    """5% of the logits of a vocabulary of 32000: less than half of dE's sum."""
+    mib = workspace.default_workspace_bytes(8192, 4096, 32000) // MIB
+    assert mib == 32
+    (walk,) = plan_backward(sizes_of(8192, 4096, 32000), mib * MIB)
+    assert isinstance(walk, TailWalk)
+    # Of a vocabulary that does not hold it, all logits are computed twice.
+    walks = plan_backward(sizes_of(8192, 4096, 8000), mib * MIB)
+    assert [type(each) for each in walks] == [TokenWalk, StripWalk]
+
+
 def sizes_of(tokens: int, hidden: int, vocab: int, **more: Any) -> BackwardSizes:
     """A bf16 problem on a GPU that returns a bf16 dC, or as `more` says."""
     given: dict[str, Any] = {
@@ -170,6 +216,7 @@ def sizes_of(tokens: int, hidden: int, vocab: int, **more: Any) -> BackwardSizes
         "token_row": 4 * hidden,
         "single_row": 0,
         "can_borrow": True,
+        "can_hold": True,
         "strip_row": 0,
         "weight_row": 0,
         "weight_accumulator": 4 * hidden,
@@ -194,7 +241,8 @@ SHAPES = [(8192, 2304, 256000), (8192, 4096, 128256), (8192, 8192, 16032)]
 @pytest.mark.parametrize("into", ["bf16", "fp32", "bf16-given"])
 def test_a_plan_fits_its_workspace(shape: tuple[int, int, int], mib: int, into: str) -> None:
     """What a plan says that it holds at once, added up."""
-    given = {"fp32": {"weight_accumulates": True, "lent_row": 0}, "bf16-given": {"lent_row": 0}}
+    apart = {"lent_row": 0, "can_hold": False}
+    given = {"fp32": {"weight_accumulates": True, **apart}, "bf16-given": apart}
     sizes = sizes_of(*shape, **given.get(into, {}))
     tokens, _, vocab = shape
     for walk in plan_backward(sizes, mib * MIB):
@@ -203,7 +251,7 @@ def test_a_plan_fits_its_workspace(shape: tuple[int, int, int], mib: int, into: 
             if walk.strip >= vocab:
                 sums = 0
             held = sums + walk.chunk * walk.strip * sizes.element
-        elif isinstance(walk, WholeWalk):
+        elif isinstance(walk, WholeWalk | TailWalk):
             held = walk.strip * sizes.gradient_row
         else:
             sums = walk.strip * sizes.weight_accumulator if walk.chunk < tokens else 0

@@ -1,0 +1,36 @@
+"""Products whose operands do not end at whole units of memory: cut, and the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cce_tp.products import add_product
+from variants import DEVICE, HAS_CUDA
+
+pytestmark = pytest.mark.no_poison
+DTYPES = [torch.float32, torch.float64] + [torch.bfloat16, torch.float16] * HAS_CUDA
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("tokens", [64, 71, 190])
+def test_ragged_products(
+    dtype: torch.dtype, wide: bool, accumulate: bool, transposed: bool, tokens: int
+) -> None:
+    """G^T (rows, tokens) times E, and its transpose times C; rows of G^T are padded."""
+    if wide and dtype == torch.float64:
+        pytest.skip("there is no wider one")
+    rows, hidden = 83, 24
+    stored = torch.randn(rows, 192, dtype=torch.float64, device=DEVICE).to(dtype)[:, :tokens]
+    a = stored.t() if transposed else stored
+    b = torch.randn(a.shape[1], hidden, dtype=torch.float64, device=DEVICE).to(dtype)
+    out_dtype = torch.float32 if wide and dtype != torch.float32 else dtype
+    out = torch.randn(a.shape[0], hidden, device=DEVICE).to(out_dtype)
+    wanted = a.double() @ b.double() + (out.double() if accumulate else 0)
+    add_product(out, a, b, accumulate=accumulate)
+    # One rounding of the result, and half of one of the few last terms.
+    error = 3 * torch.finfo(out_dtype).eps + 1e-6
+    torch.testing.assert_close(out.double(), wanted, rtol=error, atol=20 * error)
