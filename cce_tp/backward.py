@@ -42,6 +42,10 @@ from cce_tp.workspace import (
 
 # dC of a wide strip is taken in pieces of this many rows, each with its part of G in the L2 cache.
 _WEIGHT_ROWS = 8192
+# Where dC is made in a temporary before it is stored, pieces are of this many bytes, or an eighth
+# of the workspace: they stay in the L2 cache, and make one tile of a product for each
+# multiprocessor of a large GPU.
+_PIECE_BYTES = 16 << 20
 
 
 class GradientSinks(NamedTuple):
@@ -194,8 +198,11 @@ class _BackwardPass:
         native = out is not None and out.dtype in (self.logits.input.dtype, self.sum_dtype)
         # Whether a product can write its rows of dC without a temporary.
         self.direct = native and not self.apart
+        # Whether the temporary is of a few rows at a time: as long as they are in their own order.
+        self.in_pieces = not (self.direct or self.gathers or self.copies)
 
     def run(self, workspace_bytes: int) -> None:
+        self.piece_bytes = min(_PIECE_BYTES, workspace_bytes // 8)
         if self.far is None:
             self._walk_all(workspace_bytes)
             return
@@ -283,7 +290,9 @@ class _BackwardPass:
         weight_row = lent_row = loan_columns = loan_bytes = 0
         gradient_row = _padded(num_tokens) * itemsize
         if dC is not None:
-            if not self.direct:
+            if self.in_pieces:
+                fixed += self._piece_rows(dC) * hidden * self._product_dtype(dC).itemsize
+            elif not self.direct:
                 weight_row = hidden * self._product_dtype(dC).itemsize
             fits = dC.is_contiguous() and hidden * dC.itemsize % itemsize == 0
             if fits and not (copies or self.sinks.accumulate_weight):
@@ -576,8 +585,32 @@ class _BackwardPass:
             part = rows_of(grad_weight, strip.start, strip.stop)
             self._weight_product(part, grad_VN, inputs, None, accumulate=accumulate)
             return
+        if self.in_pieces:
+            for v0, v1 in blocks(grad_VN.shape[0], self._piece_rows(grad_weight)):
+                rows = grad_weight[strip.start + v0 : strip.start + v1]
+                self._add_piece(rows, grad_VN[v0:v1], inputs, accumulate=accumulate)
+            return
         part = self._weight_part(grad_VN, inputs, kept)
         self._store(strip, grad_weight, part, accumulate=accumulate)
+
+    def _piece_rows(self, grad_weight: Tensor) -> int:
+        """Rows of dC that are made at once: whole tiles of a product, or as many as fit."""
+        row = grad_weight.shape[1] * self._product_dtype(grad_weight).itemsize
+        rows = min(max(16, self.piece_bytes // row), grad_weight.shape[0])
+        return rows - rows % 128 if rows > 128 else rows
+
+    def _add_piece(self, out: Tensor, grad_Vn: Tensor, inputs: Tensor, *, accumulate: bool) -> None:
+        """Some rows of dC = or += unscale * G^T E: scaled, added and rounded in one go."""
+        part = torch.empty(out.shape, dtype=self._product_dtype(out), device=out.device)
+        self._weight_product(part, grad_Vn, inputs, None, accumulate=False)
+        if self.unscale is None:
+            out.add_(part) if accumulate else out.copy_(part)
+        elif not accumulate:
+            torch.mul(part, self.unscale, out=out)
+        elif out.dtype == part.dtype:
+            out.addcmul_(part, self.unscale)
+        else:
+            out.add_(part.mul_(self.unscale))
 
     def _weight_part(self, grad_VN: Tensor, inputs: Tensor, kept: Any) -> Tensor:
         """unscale * G^T E of a strip, in a tensor of its own."""
