@@ -61,7 +61,7 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
         accumulate: add to `out` instead of overwriting it.
     """
     direct = not copies_operands(a)
-    rows, inner = _aligned_part(a) if direct else a.shape
+    rows, inner = _aligned_part(a) if direct and _is_aligned(b) else a.shape
     if rows < a.shape[0]:
         add_product(out[:rows], a[:rows], b, accumulate=accumulate)
         add_product(out[rows:], a[rows:], b, accumulate=accumulate)
@@ -94,6 +94,12 @@ _UNIT_BYTES = 16
 _SHORT = 64
 
 
+def _is_aligned(matrix: Tensor) -> bool:
+    """Whether each row, or each column where those are contiguous, begins at a whole unit."""
+    pitch = matrix.stride(0) if matrix.stride(1) == 1 else matrix.stride(1)
+    return pitch * matrix.itemsize % _UNIT_BYTES == 0 and matrix.data_ptr() % _UNIT_BYTES == 0
+
+
 def _aligned_part(a: Tensor) -> tuple[int, int]:
     """The shape of `a` without what is left over, in its contiguous axis, of whole units.
 
@@ -102,11 +108,10 @@ def _aligned_part(a: Tensor) -> tuple[int, int]:
     0.38; and 8191 rows where they are the contiguous axis 0.61.
     """
     axis = 1 if a.stride(1) == 1 else 0
-    shape, unit = a.shape, _UNIT_BYTES // a.itemsize
-    left = shape[axis] % unit
-    if not left or shape[axis] < _SHORT or a.stride(1 - axis) % unit or a.data_ptr() % _UNIT_BYTES:
-        return shape[0], shape[1]
-    return (shape[0], shape[1] - left) if axis else (shape[0] - left, shape[1])
+    left = a.shape[axis] % (_UNIT_BYTES // a.itemsize)
+    if not left or a.shape[axis] < _SHORT or not _is_aligned(a):
+        return a.shape[0], a.shape[1]
+    return (a.shape[0], a.shape[1] - left) if axis else (a.shape[0] - left, a.shape[1])
 
 
 class InputSum:
