@@ -567,6 +567,7 @@ def kept_sizes(share: float, hidden: int) -> BackwardSizes:
         token_row=4 * hidden,
         single_row=4 * hidden,
         can_borrow=True,
+        can_hold=False,
         strip_row=2 * hidden,
         weight_row=2 * hidden,
         weight_accumulator=4 * hidden,
