@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import json
 import re
 import shutil
@@ -25,9 +24,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from launch.benchmark import machine
 from launch.training.options import LOSSES, LoopOptions
 
 _QUIET = (
@@ -51,15 +52,17 @@ class Attempt:
         loss: of the section `cce`.
         micro_batch: sequences.
         status: "ok", "out of memory", "out of time" or "failed".
-        step_ms, low_ms, high_ms: median, 10% and 90% quantiles over the steps, or None.
+        timed_steps: how many steps were timed: those after the warm-up, or the last one alone.
+        step_ms, low_ms, high_ms: median, 10% and 90% quantiles over the timed steps, or None.
         tokens_per_s: median, or None.
         peak_mib: of the CUDA allocator on rank 0 (of the process on the CPU), or None.
-        reason: last lines of output of an attempt that failed.
+        reason: what the output says of an attempt that failed or ran out of memory.
     """
 
     loss: str
     micro_batch: int
     status: str
+    timed_steps: int = 0
     step_ms: float | None = None
     low_ms: float | None = None
     high_ms: float | None = None
@@ -79,6 +82,7 @@ def measured(loss: str, micro_batch: int, tokens: int, records: list[dict[str, A
         loss,
         micro_batch,
         "ok",
+        timed_steps=len(times),
         step_ms=median,
         low_ms=deciles[0],
         high_ms=deciles[-1],
@@ -165,9 +169,8 @@ class Runner:
                 return Attempt(loss, micro_batch, "out of time")
             metrics = Path(folder) / "metrics.jsonl"
             if not (Path(folder) / "summary.json").exists():
-                memory = ran_out_of_memory(output)
-                status = "out of memory" if memory else "failed"
-                return Attempt(loss, micro_batch, status, reason=None if memory else why(output))
+                status = "out of memory" if ran_out_of_memory(output) else "failed"
+                return Attempt(loss, micro_batch, status, reason=why(output))
             records = [json.loads(line) for line in metrics.read_text().splitlines()]
         tokens = micro_batch * args.micro_batches * _sequence_length(args)
         return measured(loss, micro_batch, tokens, records)
@@ -176,9 +179,16 @@ class Runner:
 def ran_out_of_memory(output: str) -> bool:
     """Whether a failed run lacked GPU memory, as far as one can tell.
 
-    Where PyTorch has taken all of it, NCCL's own allocations fail, with nothing but this message.
+    Where PyTorch has taken all of it, NCCL's own allocations fail with "unhandled cuda error" and
+    nothing else, and cuBLAS cannot make its handle. A fault of the device ends in the same
+    messages, after its own.
     """
-    return re.search("OutOfMemoryError|out of memory|unhandled cuda error", output) is not None
+    if re.search("OutOfMemoryError|out of memory", output):
+        return True
+    if re.search("illegal|misaligned|device-side assert|unspecified launch failure", output):
+        return False
+    others = "unhandled cuda error|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"
+    return re.search(others, output) is not None
 
 
 def why(output: str) -> str:
@@ -219,14 +229,17 @@ def _gpus() -> list[tuple[str, float]]:
 
 def setup(args: argparse.Namespace, gpus: Sequence[tuple[str, float]]) -> dict[str, Any]:
     """What was compared, where: the first record."""
-    packages = ("torch", "triton", "megatron-core")
+    packages = ("torch", "triton", "megatron-core", "cce-tp")
     return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": args.commit or machine.commit(),
         "config": args.config,
         "overrides": args.overrides,
         "ranks": args.ranks,
         "micro_batches": args.micro_batches,
-        "gpus": sorted({name for name, _ in gpus}),
-        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "steps": args.steps,
+        "gpus": [name for name, _ in gpus],
+        "versions": {name: machine.installed(name) for name in packages},
     }
 
 
@@ -266,6 +279,7 @@ def parser() -> argparse.ArgumentParser:
     add("--tries", type=int, default=4, metavar="N", help="to find the largest micro-batch (4)")
     add("--minutes", type=float, default=60, metavar="T", help="no attempt starts later (60)")
     add("--timeout-s", type=float, default=300, metavar="T", help="of one attempt (300)")
+    add("--commit", metavar="REV", help="revision to record where there is no git checkout")
     add("--out", metavar="FILE", help="JSON lines; records are added to it")
     add("overrides", nargs="*", metavar="section.key=value")
     return made

@@ -60,6 +60,7 @@ def test_what_is_measured() -> None:
                 for i, s in enumerate((1000.0, 2000.0, 4000.0))]  # fmt: skip
     found = compare.measured("cce", 2, 4000, [*records, {"iteration": 6, "validation_loss": 1.0}])
     assert (found.step_ms, found.tokens_per_s, found.peak_mib) == (2000.0, 2000.0, 9.0)
+    assert found.timed_steps == 3
     assert found.low_ms == 1000.0 and found.high_ms == 4000.0
     shown = compare.table([(found, Attempt("cce", 9, "ok"), 10)])
     assert "2000.0 (1000.0-4000.0) | 2,000 | 0.01 | at least 9, below 10" in shown
@@ -71,12 +72,18 @@ def test_one_attempt(
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("PYTHONPATH", python_path())
     flags = ["--config", "configs/tiny_cpu.yaml", "--losses", "cce", "--steps", "2"]
-    flags += ["--micro-batch", "1", "--out", str(tmp_path / "rows.jsonl")]
+    flags += ["--micro-batch", "1", "--out", str(tmp_path / "rows.jsonl"), "--commit", "abc"]
     assert compare.main([*flags, "megatron.tensor_model_parallel_size=1"]) == 0
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     setup, found = map(json.loads, lines)
-    assert setup["ranks"] == 1 and setup["versions"].keys() >= {"torch", "triton"}
-    assert found["status"] == "ok" and found["step_ms"] > 0 and found["peak_mib"] > 0
+    assert setup["ranks"] == 1 and setup["versions"]["torch"] and setup["steps"] == 2
+    assert setup["commit"] == "abc" and setup["date"].startswith("20")
+    assert (
+        found["status"] == "ok"
+        and found["timed_steps"] == 1
+        and found["step_ms"] > 0
+        and found["peak_mib"] > 0
+    )
     assert "| cce, micro-batch 1 |" in capsys.readouterr().out
 
 
@@ -86,9 +93,18 @@ def test_the_reason_of_a_failure_is_found() -> None:
     assert compare.why("nothing known") == "nothing known"
 
 
-def test_lack_of_memory_is_told_from_other_failures() -> None:
-    assert compare.ran_out_of_memory("torch.OutOfMemoryError: CUDA out of memory. Tried to")
-    assert compare.ran_out_of_memory(
-        "DistBackendError: NCCL error in: x, unhandled cuda error (run"
-    )
-    assert not compare.ran_out_of_memory("ValueError: expected memory")
+@pytest.mark.parametrize(
+    ("output", "memory"),
+    [
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to", True),
+        ("DistBackendError: NCCL error in: x, unhandled cuda error (run", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling", True),
+        ("CUDA error: an illegal memory access was encountered\nunhandled cuda error", False),
+        ("CUDA error: device-side assert triggered\nCUBLAS_STATUS_NOT_INITIALIZED", False),
+        ("unhandled system error", False),
+        ("ValueError: expected memory", False),
+    ],
+)
+def test_lack_of_memory_is_told_from_other_failures(output: str, memory: bool) -> None:
+    assert compare.ran_out_of_memory(output) is memory
