@@ -65,8 +65,7 @@ def test_run_then_table_then_plot(tmp_path: Path, capsys: pytest.CaptureFixture[
             assert 0 < timing["low_ms"] <= timing["median_ms"] <= timing["high_ms"]
             unit = timing["gemm"]
             assert 0 < unit["low_ms"] <= unit["median_ms"] <= unit["high_ms"]
-            assert timing["gemms"] == pytest.approx(timing["median_ms"] / unit["median_ms"])
-            assert 0 < timing["gemms_low"] <= timing["gemms_high"]
+            assert 0 < timing["gemms_low"] <= timing["gemms"] <= timing["gemms_high"]
             assert timing["runs"] == unit["runs"] >= 5
         assert record["versions"]["torch"] == torch.__version__
         assert record["hardware"]["name"].startswith("CPU")

@@ -201,7 +201,7 @@ def _made_up(implementation: str, vocab: int, extra_mib: int) -> dict[str, Any]:
     timing |= {"gemm": {**timing, "median_ms": 15.0}, "extra_bytes": extra_mib * 2**20}
     timing |= {"gemms": 4.0, "gemms_low": 3.95, "gemms_high": 4.05}
     return {
-        "schema": 2,
+        "schema": records.SCHEMA,
         "kind": "timing",
         "date": "2026-01-02T03:04:05+00:00",
         "commit": "0123456789abcdef0123",

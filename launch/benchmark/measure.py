@@ -51,19 +51,16 @@ class Comparison:
     Attributes:
         step: its timing.
         unit: that of the unit, of as many runs; None if there was no unit.
-        low, high: 10% and 90% quantiles of the ratios of a run of the step to the run of the unit
-            after it, of the rank where their median is the largest; None without a unit.
+        ratio, low, high: median, 10% and 90% quantiles of the ratios of a run of the step to the
+            run of the unit after it, of the rank where their median is the largest; None without a
+            unit.
     """
 
     step: Timing
     unit: Timing | None = None
+    ratio: float | None = None
     low: float | None = None
     high: float | None = None
-
-    @property
-    def ratio(self) -> float | None:
-        """Of the medians; None without a unit."""
-        return None if self.unit is None else self.step.median_ms / self.unit.median_ms
 
 
 def _spread(samples: list[float]) -> tuple[float, float, float]:
@@ -112,9 +109,8 @@ class Meter:
             return Comparison(self.time(step))
         steps_ms, units_ms = self._warm([step, unit], 1.0)
         ratios = [one / other for one, other in zip(steps_ms, units_ms, strict=True)]
-        _, low, high = max(self.world.gather(_spread(ratios)))
         timings = (Timing.of(steps_ms, self.world), Timing.of(units_ms, self.world))
-        return Comparison(*timings, low, high)
+        return Comparison(*timings, *max(self.world.gather(_spread(ratios))))
 
     def _warm(self, steps: list[Callable[[], Any]], share: float) -> list[list[float]]:
         """Milliseconds of warm runs of each step, made in turn; the first decides how many."""

@@ -1,10 +1,10 @@
 """What a measurement leaves behind: one JSON object per line, and tables made of them.
 
-Schema 2. A record is the measurement of one implementation on one case:
+Schema 3. A record is the measurement of one implementation on one case:
 
 | key | value |
 |---|---|
-| `schema` | 2 |
+| `schema` | 3 |
 | `kind` | "timing" (of `run`) or "profile" (of `profile`) |
 | `date`, `commit` | UTC, ISO 8601; revision of the checkout, "-dirty" if changed, or null |
 | `hardware` | `name` of the GPU or CPU, `count` of GPUs seen, `driver`, `cuda` |
@@ -27,8 +27,9 @@ Schema 2. A record is the measurement of one implementation on one case:
 
 A timing is {`median_ms`, `low_ms`, `high_ms` (10% and 90% quantiles), `runs`, `ranks_ms` (median
 of each rank)}, or null. `forward` and `both` also have `gemm` (the timing of E @ C^T of the same
-rows, run once after each run of the step, or null), `gemms` (the step's median over the product's),
-`gemms_low` and `gemms_high` (10% and 90% quantiles of the ratios run by run), and `extra_bytes`.
+rows, run once after each run of the step, or null), `gemms`, `gemms_low` and `gemms_high` (median,
+10% and 90% quantiles of the ratios of a run of the step to the product after it; or null), and
+`extra_bytes`.
 
 `extra_bytes` is the peak of the CUDA caching allocator during a warm step, less what was allocated
 before it (the inputs) and less the gradients that the step leaves (dE, dC, the bias's); null on a
@@ -56,9 +57,12 @@ are several to a team `alone_forward` and `alone_both` (timings of the same rows
 collectives), `exposed_forward_ms` and `exposed_both_ms` (what the collectives add), and
 `collectives_ms` (of each collective of this library by itself, by name).
 
+In schema 2 `gemms` was the step's median over the product's, which may lie outside of the quantiles
+of the ratios.
+
 Schema 1 measured the product by itself, before and after each implementation. It had `gemm` beside
 `forward` and `both` (`before`, `after`: timings, `ms`: mean of their medians) and `gemms` was over
-that mean. `read` gives such records the fields of schema 2 and leaves theirs: the product's timing
+that mean. `read` gives such records the fields of schema 3 and leaves theirs: the product's timing
 has `median_ms` alone, and `gemms_low` and `gemms_high` are the step's quantiles over it.
 """
 
@@ -70,7 +74,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-SCHEMA = 2
+SCHEMA = 3
+_READABLE = (1, 2, SCHEMA)
 
 Record = dict[str, Any]
 
@@ -93,10 +98,10 @@ def append(path: Path, record: Record) -> None:
 
 
 def read(paths: Sequence[str]) -> list[list[Record]]:
-    """The records of each file, those of schema 1 with the fields of this one.
+    """The records of each file, those of schema 1 with the fields of schema 3.
 
     Raises:
-        ValueError: no such file, or a line that is no record of either schema.
+        ValueError: no such file, or a line that is no record of these schemas.
     """
     found = []
     for path in paths:
@@ -115,13 +120,13 @@ def _parse(path: str, number: int, line: str) -> Record:
         record = json.loads(line)
     except json.JSONDecodeError:
         record = None
-    if not isinstance(record, dict) or record.get("schema") not in (1, SCHEMA):
+    if not isinstance(record, dict) or record.get("schema") not in _READABLE:
         raise ValueError(f"FILE: expected a record of schema {SCHEMA}, got line {number} of {path}")
     return _from_first(record) if record["schema"] == 1 else record
 
 
 def _from_first(record: Record) -> Record:
-    """A record of schema 1 with the fields of schema 2."""
+    """A record of schema 1 with the fields of schema 3."""
     record |= {"kind": "timing", "profile": None}
     unit = (record["gemm"] or {}).get("ms")
     for timing in (record["forward"], record["both"]):
