@@ -326,6 +326,7 @@ class _BackwardPass:
             loan_bytes=loan_bytes,
             sequential=self.far is not None,
             fixed=fixed,
+            known=0 if self.kept is None else min(self.kept.columns, vocab),
             need_input=dE is not None,
             need_weight=dC is not None,
         )
@@ -596,7 +597,9 @@ class _BackwardPass:
     def _piece_rows(self, grad_weight: Tensor) -> int:
         """Rows of dC that are made at once: whole tiles of a product, or as many as fit."""
         row = grad_weight.shape[1] * self._product_dtype(grad_weight).itemsize
-        rows = min(max(16, self.piece_bytes // row), grad_weight.shape[0])
+        # Few rows make many products: twice the bytes before less than 16 rows.
+        rows = max(self.piece_bytes // row, min(16, 2 * self.piece_bytes // row), 1)
+        rows = min(rows, grad_weight.shape[0])
         return rows - rows % 128 if rows > 128 else rows
 
     def _add_piece(self, out: Tensor, grad_Vn: Tensor, inputs: Tensor, *, accumulate: bool) -> None:

@@ -52,7 +52,12 @@ def _wide_mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def add_product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
-    """out = or += a @ b, joined in the wider dtype before the one rounding to out's.
+    """out = or += a @ b, joined in the wider dtype before the rounding to out's.
+
+    Where `a` does not end at a whole unit of memory, which makes the library's products slow, what
+    is left over of it, less than a unit, is a small product of its own. The few terms left over of
+    K come first, rounded to `out` by themselves; a 16-bit `out` that is added to would be rounded
+    twice as a whole, and so its product is not cut.
 
     Args:
         out: (M, N), the operands' dtype or a wider one.
@@ -61,13 +66,12 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
         accumulate: add to `out` instead of overwriting it.
     """
     direct = not copies_operands(a)
-    rows, inner = _aligned_part(a) if direct and _is_aligned(b) else a.shape
+    rows, inner = _whole_units(a, b) if direct else a.shape
     if rows < a.shape[0]:
         add_product(out[:rows], a[:rows], b, accumulate=accumulate)
         add_product(out[rows:], a[rows:], b, accumulate=accumulate)
         return
-    if inner < a.shape[1] and (out.dtype != a.dtype or not accumulate):
-        # The few last terms first: they alone are rounded to `out` before the one rounding.
+    if inner < a.shape[1] and not (accumulate and out.dtype.itemsize == 2):
         add_product(out, a[:, inner:], b[inner:], accumulate=accumulate)
         a, b, accumulate = a[:, :inner], b[:inner], True
     if direct and out.dtype == a.dtype:
@@ -90,8 +94,8 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool) -> None:
 
 # Operands are read in units of this many bytes.
 _UNIT_BYTES = 16
-# Products over less than this are short anyway.
-_SHORT = 64
+# Products of fewer multiplications, a microsecond or so of a large GPU, are not worth a second one.
+_SMALL = 1 << 28
 
 
 def _is_aligned(matrix: Tensor) -> bool:
@@ -100,18 +104,21 @@ def _is_aligned(matrix: Tensor) -> bool:
     return pitch * matrix.itemsize % _UNIT_BYTES == 0 and matrix.data_ptr() % _UNIT_BYTES == 0
 
 
-def _aligned_part(a: Tensor) -> tuple[int, int]:
-    """The shape of `a` without what is left over, in its contiguous axis, of whole units.
+def _whole_units(a: Tensor, b: Tensor) -> tuple[int, int]:
+    """The shape of `a` without what is left over, in its contiguous axis, of whole units; all of it
+    where nothing is gained by that.
 
     Rows that begin at a unit but do not end at one make the library's products slow. Measured on an
     H100: 4096 x 8191 by 8191 x 4096 in 16 bits takes 2.04 ms, with 8192 and with 8184 0.43 and
     0.38; and 8191 rows where they are the contiguous axis 0.61.
     """
-    axis = 1 if a.stride(1) == 1 else 0
+    (rows, inner), axis = a.shape, 1 if a.stride(1) == 1 else 0
     left = a.shape[axis] % (_UNIT_BYTES // a.itemsize)
-    if not left or a.shape[axis] < _SHORT or not _is_aligned(a):
-        return a.shape[0], a.shape[1]
-    return (a.shape[0], a.shape[1] - left) if axis else (a.shape[0] - left, a.shape[1])
+    if not left or left == a.shape[axis] or rows * inner * b.shape[1] < _SMALL:
+        return rows, inner
+    if not (_is_aligned(a) and _is_aligned(b)):
+        return rows, inner
+    return (rows, inner - left) if axis else (rows - left, inner)
 
 
 class InputSum:

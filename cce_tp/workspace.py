@@ -95,7 +95,8 @@ class BackwardSizes(NamedTuple):
         can_borrow: whether half of dE's accumulator fits into dE's own memory.
         can_hold: whether rows of dC that may hold G may hold dE's accumulator as well.
         strip_row: bytes per vocabulary row of a strip beside the buffer (gathered rows).
-        weight_row: bytes per vocabulary row of a strip where a step makes dC (its temporaries).
+        weight_row: bytes per vocabulary row of a strip where a step makes dC, for a temporary as
+            large as the strip's rows; 0 where there is none, or one of a few rows at a time.
         weight_accumulator: bytes per vocabulary row of dC's own accumulator.
         weight_accumulates: whether dC may be summed over token chunks where it is stored.
         lent_row: bytes per vocabulary row of dC that may hold G while dC is not written, or 0.
@@ -103,7 +104,9 @@ class BackwardSizes(NamedTuple):
         loan_columns: columns of G^T that a fixed part of dC may hold during the walk, or 0.
         loan_bytes: bytes of what must be held elsewhere meanwhile.
         sequential: gathered rows are dropped before the temporaries of dC are made.
-        fixed: bytes that live during the whole pass and do not depend on the cut.
+        fixed: bytes that do not depend on the cut: what lives during the whole pass, and the
+            temporary for a few rows of dC at a time.
+        known: columns, the first ones, whose logits are kept and need no recomputation.
         need_input, need_weight: which gradients are wanted.
     """
 
@@ -125,6 +128,7 @@ class BackwardSizes(NamedTuple):
     loan_bytes: int
     sequential: bool
     fixed: int
+    known: int
     need_input: bool
     need_weight: bool
 
@@ -145,6 +149,10 @@ class BackwardSizes(NamedTuple):
     def gemm(self) -> int:
         """One product of the whole size, in bytes moved in the same time."""
         return 2 * self.tokens * self.vocab * self.hidden // _FLOPS_PER_BYTE
+
+    def logits(self, start: int, stop: int) -> int:
+        """Price of computing the logits of these columns once more."""
+        return self.gemm * (stop - min(stop, max(start, self.known))) // max(1, self.vocab)
 
     def edges(self, *extents: float) -> int:
         """Price of products with short sides."""
@@ -484,7 +492,7 @@ def _tail_walk(sizes: BackwardSizes, available: int) -> list[tuple[int, tuple[Wa
     walk = TailWalk(tail=tail, strip=strip, borrow=sizes.can_borrow)
     sums = len(walk.ahead(sizes)) + sum(1 for _ in walk.front(sizes))
     writes = sum(1 for _ in walk.front(sizes)) + sum(1 for _ in walk.behind(sizes))
-    price = sizes.gemm * tail // sizes.vocab + (sums - 1) * _sum_again(sizes)
+    price = sizes.logits(sizes.vocab - tail, sizes.vocab) + (sums - 1) * _sum_again(sizes)
     price += sizes.edges(sizes.tokens, sizes.vocab / max(sums, writes))
     price += int(sizes.can_borrow * _HALVES * sizes.gemm) + 2 * (sums + writes) * _STEP
     return [(price, (walk,))]
@@ -500,7 +508,7 @@ def _two_passes(sizes: BackwardSizes, available: int) -> list[tuple[int, tuple[W
     price, walks = min(found, key=lambda each: each[0])
     second = _weight_only(sizes, available)
     rectangles = -(-sizes.vocab // second.strip) * -(-sizes.tokens // second.chunk)
-    price += sizes.gemm + 2 * rectangles * _STEP
+    price += sizes.logits(0, sizes.vocab) + 2 * rectangles * _STEP
     return [(price, (*walks, second))]
 
 

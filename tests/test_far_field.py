@@ -578,6 +578,7 @@ def kept_sizes(share: float, hidden: int) -> BackwardSizes:
         loan_bytes=int(0.05 * columns) * 2 * hidden,
         sequential=True,
         fixed=27 << 20,
+        known=0,
         need_input=True,
         need_weight=True,
     )

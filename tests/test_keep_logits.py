@@ -15,7 +15,7 @@ import cce_tp
 from cce_tp import backward
 from cce_tp.backend import backend
 from cce_tp.problem import KeptLogits
-from cce_tp.workspace import TokenWalk
+from cce_tp.workspace import TailWalk, TokenWalk
 from oracle import dense
 from problems import Problem, call, even_bounds, same_bits
 from ranks import RankPool
@@ -74,6 +74,23 @@ def test_strips_across_the_edge_and_token_chunks(impl: str, dtype: torch.dtype) 
             outcome = call(operands, options)
         assert relative_error(outcome.grad_weight, expected.grad_weight) < 5e-3
         assert relative_error(outcome.grad_input, expected.grad_input) < 5e-3
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize("columns", [64, 384], ids=["before-the-tail", "into-the-tail"])
+@pytest.mark.parametrize("borrow", [False, True])
+def test_strips_of_a_tail(impl: str, dtype: torch.dtype, columns: int, borrow: bool) -> None:
+    """The tail's logits are looked at twice, kept or not."""
+    problem = Problem(impl=impl, dtype=dtype, tokens=(75,), vocab=703, hidden=200)
+    operands = problem.build(DEVICE)
+    tile = backend(impl).tile_rows(operands.input)
+    keep = bytes_of(problem, -(-columns // tile))
+    expected = call(operands, {"impl": impl})
+    walk = TailWalk(tail=400, strip=16, borrow=borrow)
+    with mock.patch.object(backward, "plan_backward", lambda *_: (walk,)):
+        outcome = call(operands, {"impl": impl, "keep_logits_bytes": keep})
+    assert relative_error(outcome.grad_weight, expected.grad_weight) < 5e-3
+    assert relative_error(outcome.grad_input, expected.grad_input) < 5e-3
 
 
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 
+from cce_tp import products
 from cce_tp.products import add_product
 from variants import DEVICE, HAS_CUDA
 
@@ -30,7 +33,20 @@ def test_ragged_products(
     out_dtype = torch.float32 if wide and dtype != torch.float32 else dtype
     out = torch.randn(a.shape[0], hidden, device=DEVICE).to(out_dtype)
     wanted = a.double() @ b.double() + (out.double() if accumulate else 0)
-    add_product(out, a, b, accumulate=accumulate)
+    with mock.patch.object(products, "_SMALL", 0):
+        add_product(out, a, b, accumulate=accumulate)
     # One rounding of the result, and half of one of the few last terms.
     error = 3 * torch.finfo(out_dtype).eps + 1e-6
     torch.testing.assert_close(out.double(), wanted, rtol=error, atol=20 * error)
+
+
+def test_what_is_cut() -> None:
+    """Products that take longer than another launch, and whose operands begin at whole units."""
+    long, b = torch.empty(1024, 1032)[:, :1029], torch.empty(1029, 1024)
+    assert products._whole_units(long, b) == (1024, 1028)
+    assert products._whole_units(long.t(), torch.empty(1024, 1024)) == (1028, 1024)
+    assert products._whole_units(long[:, :1028], b[:1028]) == (1024, 1028)
+    assert products._whole_units(long[:128], b) == (128, 1029)
+    assert products._whole_units(long[:, 1:], b[1:]) == (1024, 1028)
+    assert products._whole_units(long[:, 1:1027], b[1:1027]) == (1024, 1026)
+    assert products._whole_units(long, torch.empty(1029, 1025)[:, :1024]) == (1024, 1029)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -27,7 +28,7 @@ from cce_tp.workspace import (
     plan_backward,
 )
 from problems import Problem, call, check, same_bits
-from variants import DEVICE, IMPL_DTYPES
+from variants import DEVICE, IMPL_DTYPES, LOW_IMPL_DTYPES
 
 MIB = 1 << 20
 # The interpreter's tiles are 32 tokens x 64 rows: several, ragged, each way.
@@ -71,6 +72,18 @@ def test_each_walk(name: str, impl: str, dtype: torch.dtype, bias: bool) -> None
         impl=impl, dtype=dtype, tokens=(75,), vocab=703, hidden=200, bias=bias, options=options
     )
     with mock.patch.object(backward, "plan_backward", lambda *_: WALKS[name]):
+        check(problem, DEVICE)
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize("name", ["tail", "tail-and-borrowed"])
+def test_a_sum_held_in_the_tail(name: str, impl: str, dtype: torch.dtype) -> None:
+    """As on a GPU, where 16-bit products need no wide copies, whose strips would hold the sum."""
+    problem = Problem(impl=impl, dtype=dtype, tokens=(75,), vocab=703, hidden=200)
+    with (
+        mock.patch.object(backward, "copies_operands", lambda _: False),
+        mock.patch.object(backward, "plan_backward", lambda *_: WALKS[name]),
+    ):
         check(problem, DEVICE)
 
 
@@ -206,6 +219,25 @@ def test_a_tail_is_taken_where_the_sum_fits_nowhere_else() -> None:
     assert [type(each) for each in walks] == [TokenWalk, StripWalk]
 
 
+def test_kept_logits_make_a_second_look_at_them_cheap() -> None:
+    """With all of them kept, two passes cost no recomputation."""
+    shape, mib = (8192, 4096, 32000), 32
+    assert sizes_of(*shape).logits(0, 32000) == sizes_of(*shape).gemm
+    assert sizes_of(*shape, known=8000).logits(0, 32000) == sizes_of(*shape).gemm * 3 // 4
+    assert sizes_of(*shape, known=24000).logits(16000, 32000) == sizes_of(*shape).gemm // 4
+    assert sizes_of(*shape, known=32000).logits(16000, 32000) == 0
+    assert len(plan_backward(sizes_of(*shape), mib * MIB)) == 1
+    few = sizes_of(*shape, can_hold=False, lent_row=0, known=0)
+    assert len(plan_backward(few, mib * MIB)) == 2
+    price = {known: _price_of_two(few._replace(known=known), mib) for known in (0, 32000)}
+    assert price[0] - price[32000] == few.gemm
+
+
+def _price_of_two(sizes: BackwardSizes, mib: int) -> int:
+    ((price, _),) = workspace._two_passes(sizes, mib * MIB)
+    return price
+
+
 def sizes_of(tokens: int, hidden: int, vocab: int, **more: Any) -> BackwardSizes:
     """A bf16 problem on a GPU that returns a bf16 dC, or as `more` says."""
     given: dict[str, Any] = {
@@ -227,6 +259,7 @@ def sizes_of(tokens: int, hidden: int, vocab: int, **more: Any) -> BackwardSizes
         "loan_bytes": 0,
         "sequential": False,
         "fixed": 0,
+        "known": 0,
         "need_input": True,
         "need_weight": True,
     }
@@ -280,6 +313,24 @@ def test_the_choice_changes_rounding_only(impl: str) -> None:
     assert same_bits(first.grad_weight, again.grad_weight)
     torch.testing.assert_close(small.grad_weight, first.grad_weight, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(small.grad_input, first.grad_input, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "mib", "rows"),
+    [(4096, 105, 768), (4096, 1, 16), (8192, 1, 8), (16384, 1, 4), (1 << 17, 1, 1), (16, 105, 999)],
+)
+def test_pieces_of_dc_stay_within_a_quarter_of_the_workspace(
+    hidden: int, mib: int, rows: int
+) -> None:
+    """Whole tiles of a product where they fit, and not a fixed number of rows where D is large."""
+    run = SimpleNamespace(
+        piece_bytes=min(16, mib / 8) * MIB, _product_dtype=lambda _: torch.float32
+    )
+    run.piece_bytes = int(run.piece_bytes)
+    out = torch.empty(999, hidden, device="meta")
+    found = backward._BackwardPass._piece_rows(run, out)  # type: ignore[arg-type]
+    assert found == (rows if rows < 128 else rows - rows % 128)
+    assert found == 1 or found * hidden * 4 <= mib * MIB // 4
 
 
 @pytest.mark.parametrize("tokens", [16, 71, 8191])
