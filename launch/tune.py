@@ -9,7 +9,7 @@ out if it does not build, spills registers, takes more shared memory than there 
 results than the shipped one. The best two of the rest, by the time of both kernels together, are
 then timed again in turn with the shipped one, since the clocks of a GPU depend on what ran before;
 the fastest of these goes into the cache file (see cce_tp/kernels/tuned.py), which is read with
-CCE_TP_TUNED=1 alone.
+CCE_TP_TUNED=1 alone. One that is less than 1% faster than the shipped one is not taken for faster.
 
 Legend: N tokens, D hidden size, V vocabulary rows.
 """
@@ -62,6 +62,8 @@ _TILES: dict[int, tuple[tuple[int, int, int, int, int], ...]] = {
 _GROUPS_MIB = (8, 32)
 # Of the shipped configuration and the best two of the others, in turn.
 _FINAL_ROUNDS = 3
+# What the shipped configuration may take in the time of the best, and stay: less is noise.
+_MARGIN = 1.01
 
 
 def candidates(itemsize: int) -> list[TileConfig]:
@@ -216,11 +218,20 @@ class Tuner:
         for _ in range(_FINAL_ROUNDS):
             for at, found in zip(finalists, again, strict=True):
                 found.append(self.try_one(trials[at].config))
+        failed = next((each.problem for each in again[0] if each.problem is not None), None)
+        if failed is not None:
+            raise ValueError(f"the shipped configuration ran at first, and then not: {failed}")
         print(f"in turn, {_FINAL_ROUNDS} times:")
         for at, found in zip(finalists, again, strict=True):
             trials[at] = sorted(found, key=lambda trial: trial.total_ms)[_FINAL_ROUNDS // 2]
             show(trials[at])
         return [trials[at] for at in finalists]
+
+
+def choose(trials: Sequence[Trial]) -> Trial:
+    """The fastest, or the first one, which is shipped, where that is about as fast."""
+    best = min(trials, key=lambda trial: trial.total_ms)
+    return best if best.total_ms * _MARGIN < trials[0].total_ms else trials[0]
 
 
 def show(trial: Trial) -> None:
@@ -276,7 +287,7 @@ def tune(shape: Shape, dtype: torch.dtype, device: torch.device, dry_run: bool) 
 
     print(f"{name}, {shape}, {dtype}: forward + gradient of the logits; first what is shipped")
     trials = Tuner(shape, dtype, device, time_ms).run(shipped, candidates(dtype.itemsize))
-    best = min(trials, key=lambda trial: trial.total_ms)
+    best = choose(trials)
     print(f"best, {trials[0].total_ms / best.total_ms:.3f} times as fast as what is shipped:")
     show(best)
     if dry_run:

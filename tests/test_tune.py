@@ -158,6 +158,29 @@ def test_times_taken_in_turn_decide() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
+def test_without_the_shipped_one_there_is_no_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuner, calls = _tuner({32: 3.0, 16: 1.0}), []
+    try_one = tuner.try_one
+
+    def later_fails(config: TileConfig) -> tune.Trial:
+        calls.append(config.block_n)
+        failed = tune.Trial(config, problem="out of memory")
+        return failed if calls.count(32) > 1 and config.block_n == 32 else try_one(config)
+
+    monkeypatch.setattr(tuner, "try_one", later_fails)
+    with pytest.raises(ValueError, match="ran at first, and then not: out of memory"):
+        tuner.run(SMALL, [replace(SMALL, block_n=16)])
+
+
+def test_a_difference_within_the_noise_changes_nothing() -> None:
+    shipped, other = (tune.Trial(each, 10.0, 10.0) for each in (SHIPPED, OTHER))
+    for forward_ms, best in ((9.9, shipped), (9.7, replace(other, forward_ms=9.7))):
+        assert tune.choose([shipped, replace(other, forward_ms=forward_ms)]) == best
+    failed = tune.Trial(OTHER, problem="spills")
+    assert tune.choose([shipped, failed]) is shipped
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
 def test_what_differs_spills_or_fails_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     tuner = _tuner({32: 3.0, 16: 1.0})
     assert tuner.try_one(SMALL).problem is None
