@@ -20,7 +20,7 @@ from benchmark_runs import ALL_OPTIONS, CPU, QUICK, TINY, run
 from cce_tp import VocabShard, linear_cross_entropy, sharding
 from cce_tp.workspace import default_workspace_bytes
 from launch.benchmark import __main__ as command
-from launch.benchmark import collectives, measure, records, scaling, tables
+from launch.benchmark import collectives, measure, outcome, records, scaling, tables
 from launch.benchmark.catalogue import IMPLEMENTATIONS, Case, Options, Shape
 from launch.benchmark.implementations import TABLE, Implementation
 from launch.benchmark.measure import Meter, Timing
@@ -218,6 +218,49 @@ def test_what_raises_is_a_row_and_the_rest_is_measured() -> None:
         ("not available", "not for this size"),
         ("ok", None),
     ]
+
+
+def test_a_lost_gpu_ends_the_run_and_resume_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The row of who lost it is there; the next run leaves out what has a row."""
+    prepared: list[str] = []
+    plain = _entry(_loss)
+
+    def counted(name: str, *, breaks: bool = False) -> Implementation:
+        def prepare(problem: Problem) -> Any:
+            prepared.append(name)
+            if breaks:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+            return plain.prepare(problem)
+
+        return Implementation(prepare, "torch")
+
+    monkeypatch.setitem(TABLE, "torch-eager", counted("torch-eager"))
+    monkeypatch.setitem(TABLE, "liger", counted("liger", breaks=True))
+    monkeypatch.setitem(TABLE, "apple-cce", counted("apple-cce"))
+    monkeypatch.setattr(outcome, "_is_lost", lambda device: True)
+    out = tmp_path / "rows.jsonl"
+    flags = ["run", "--shape", "48,16,96", "--shape", "48,16,97", "--out", str(out), *QUICK]
+    flags += ["--implementations", "torch-eager,liger,apple-cce", "--commit", "abc"]
+    assert command.main([*flags, "--resume"]) == 1
+    captured = capsys.readouterr()
+    assert "liger: RuntimeError: CUDA error: an illegal memory access" in captured.err
+    assert "--resume" in captured.err and "| error" not in captured.out
+    (row,) = records.read([str(out)])[0]
+    assert (row["implementation"], row["status"]) == ("liger", "error")
+    assert prepared == ["torch-eager", "liger"]
+    monkeypatch.setitem(TABLE, "liger", counted("liger"))
+    prepared.clear()
+    assert command.main([*flags, "--resume"]) == 0
+    assert prepared == ["torch-eager", "apple-cce", "torch-eager", "liger", "apple-cce"]
+    rows = records.read([str(out)])[0]
+    assert (
+        len({(each["shape"]["vocab"], each["implementation"]) for each in rows}) == 6 == len(rows)
+    )
+    prepared.clear()
+    assert command.main([*flags[:-1], "def", "--resume"]) == 0
+    assert len(prepared) == 6  # of another revision
 
 
 def test_records_are_written_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

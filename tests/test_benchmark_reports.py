@@ -38,6 +38,7 @@ def _line(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ("run --suite all", "--suite: expected one of standard"),
         ("run --shape 8,8,8 --tokens 0", "--tokens: expected a positive integer, got 0"),
         ("run --shape 8,8,8 --dtype fp8", "argument --dtype: invalid choice: 'fp8'"),
+        ("run --shape 8,8,8 --resume", "--resume: expected together with --out"),
         ("run --shape 8,8,8 --tf32", "--tf32: expected together with --dtype fp32, got bf16"),
         ("run --shape 8,8,8 --implementations ours", "--implementations: expected names among"),
         ("run --shape 8,8,8 --shard 8/8", "--shard: expected r/W with 0 <= r < W <= V=8, got 8/8"),

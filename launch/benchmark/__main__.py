@@ -43,6 +43,8 @@ from launch.benchmark.suites import SUITES, suite
 
 _OPTION_FLAGS = tuple(Options.__slots__)
 _SECONDS, _RUNS = 0.5, 10
+_HOW_TO_GO_ON = """This process cannot use its GPU any more. The same command with --resume goes on
+with what is not in the file of --out."""
 _PACKAGES = {
     "run": ("tqdm", "tabulate"),
     "profile": ("tqdm", "tabulate"),
@@ -126,6 +128,7 @@ def _add_case_arguments(command: argparse.ArgumentParser) -> None:
     out = command.add_argument_group("what is written")
     add = out.add_argument
     add("--out", metavar="FILE", help="JSON lines; records are added to it")
+    add("--resume", action="store_true", help="leave out what FILE has of this revision already")
     add("--commit", metavar="REV", help="revision to record where there is no git checkout")
 
 
@@ -251,8 +254,11 @@ def _suite_cases(
     return kept
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Measure, or profile; writes and shows on rank 0 alone.
+
+    Returns:
+        The exit status: 1 if a GPU was lost on the way.
 
     Raises:
         ValueError: what was asked for cannot be measured.
@@ -260,6 +266,7 @@ def run(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from launch.benchmark import inputs, machine, records, tables
+    from launch.benchmark.outcome import DeviceLost
     from launch.benchmark.parallel import World
     from launch.benchmark.session import Session
 
@@ -267,6 +274,8 @@ def run(args: argparse.Namespace) -> None:
     snapshot = inputs.load(args.snapshot) if args.snapshot and not args.suite else None
     plan = cases(args, snapshot, world.size)
     profiling = args.command == "profile"
+    if args.resume and not args.out:
+        raise ValueError("--resume: expected together with --out, whose records it looks at")
     if profiling and args.runs < 1:
         raise ValueError(f"--runs: expected a positive integer, got {args.runs}")
     first = world.rank == 0
@@ -281,22 +290,46 @@ def run(args: argparse.Namespace) -> None:
             snapshot=snapshot,
             commit=args.commit or machine.commit(),
         )
+        kind = "profile" if profiling else "timing"
+        done = _done(args, world)
         for case in plan:
-            rows, names = [], list(case.implementations or IMPLEMENTATIONS)
-            for record in (
-                session.profile(case, names, args.runs)
-                if profiling
-                else session.measure(case, names)
-            ):
-                rows.append(record)
-                bar.set_description(f"{case.shape} {record['implementation']}", refresh=False)
-                bar.update()
-                if args.out and first:
-                    records.append(Path(args.out), record)
-            if first:
+            given = list(case.implementations or IMPLEMENTATIONS)
+            names = [name for name in given if session.key(case, name, kind) not in done]
+            bar.update(len(given) - len(names))
+            if not names:
+                continue
+            rows, lost = [], None
+            measured = session.measure(case, names)
+            if profiling:
+                measured = session.profile(case, names, args.runs)
+            try:
+                for record in measured:
+                    rows.append(record)
+                    bar.set_description(f"{case.shape} {record['implementation']}", refresh=False)
+                    bar.update()
+                    if args.out and first:
+                        records.append(Path(args.out), record)
+            except DeviceLost as error:
+                lost = error
+            if first and rows:
                 shown = [records.clean(record) for record in rows]
                 heading = f"{records.case_label(shown[0])}; {records.source_label(shown[0])}"
                 bar.write(f"\n{heading}\n{tables.terminal(shown)}", file=sys.stdout)
+            if lost is not None:
+                if first:
+                    print(f"launch.benchmark: {lost}\n{_HOW_TO_GO_ON}", file=sys.stderr)
+                return 1
+    return 0
+
+
+def _done(args: argparse.Namespace, world: Any) -> set[str]:
+    """Keys of what the file has already, for all ranks as the first one finds it."""
+    from launch.benchmark import records
+
+    found: set[str] = set()
+    if args.resume and world.rank == 0 and Path(args.out).exists():
+        found = {records.measurement_key(each) for each in records.read([args.out])[0]}
+    return world.gather(found)[0]
 
 
 def _require(*packages: str) -> None:
@@ -314,8 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args = parser().parse_args(arguments)
         _require(*_PACKAGES[args.command])
         if args.command in ("run", "profile"):
-            run(args)
-            return 0
+            return run(args)
         from launch.benchmark import records
 
         found = records.read(args.files)

@@ -5,8 +5,8 @@ Legend: N tokens, D hidden size, V global vocabulary, V_local rows of this rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -20,7 +20,7 @@ from launch.benchmark.implementations import Implementation
 from launch.benchmark.inputs import Inputs, Snapshot, take
 from launch.benchmark.inputs import make as make_inputs
 from launch.benchmark.measure import Comparison, Meter, Timing
-from launch.benchmark.outcome import Outcome, attempt
+from launch.benchmark.outcome import DeviceLost, Outcome, attempt
 from launch.benchmark.parallel import World
 from launch.benchmark.peers import NotAvailable, Problem
 from launch.benchmark.played import Part, PlayedGroup
@@ -96,7 +96,8 @@ class CaseWork:
         if want.input_grad is not None:
             want = replace(want, input_grad=self._part(want.input_grad))
         for name in names:
-            self.outcomes[name] = self._gate_one(name, want)
+            with _blaming(name):
+                self.outcomes[name] = self._gate_one(name, want)
         return outcome
 
     def _reference(self) -> reference.Results:
@@ -192,7 +193,7 @@ class CaseWork:
         if self.outcomes[name].status != "ok":
             return found
         loss, part = self._losses.pop(name), self._parts.pop(name, None)
-        with nullcontext() if part is None else part.in_group():
+        with _blaming(name), nullcontext() if part is None else part.in_group():
             steps = Steps(loss, self.own, self.case.options)
             outcome, more = attempt(self.world, lambda: work(steps))
         if part is not None:
@@ -283,6 +284,15 @@ class CaseWork:
                 self.meter, self.inputs.input, self.team.group, self.case.sequence_parallel
             )
         return self._collectives
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """A GPU that is lost inside was lost to this implementation."""
+    try:
+        yield
+    except DeviceLost as lost:
+        raise DeviceLost(lost.outcome, name) from lost
 
 
 def _timing(compared: Comparison, extra_bytes: int | None) -> dict[str, Any]:

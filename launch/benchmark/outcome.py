@@ -24,13 +24,32 @@ class Outcome:
     reason: str | None = None
 
 
+class DeviceLost(Exception):
+    """A fault of the GPU, after which this process cannot use it; raised on all ranks.
+
+    Attributes:
+        outcome: of the work that met it.
+        name: of the implementation, or None where it was none's.
+    """
+
+    def __init__(self, outcome: Outcome, name: str | None = None) -> None:
+        super().__init__(outcome, name)
+        self.outcome, self.name = outcome, name
+
+    def __str__(self) -> str:
+        return f"{self.name or 'inputs or reference'}: {self.outcome.reason}"
+
+
 def attempt(world: World, work: Callable[[], T]) -> tuple[Outcome, T | None]:
     """Run it, and agree with the other ranks on what came of it: of any trouble, the first rank's.
 
     Returns:
         The outcome, the same on all ranks, and what `work` returned, None unless all is well.
+
+    Raises:
+        DeviceLost: a rank's GPU is of no use any more.
     """
-    value, mine = None, ("ok", "")
+    value, lost, mine = None, False, ("ok", "")
     try:
         value = work()
     except NotAvailable as error:
@@ -40,12 +59,27 @@ def attempt(world: World, work: Callable[[], T]) -> tuple[Outcome, T | None]:
     except Exception as error:  # others' code may raise anything; the row says what
         text = str(error).splitlines()[:1] or [""]
         mine = ("error", f"{type(error).__name__}: {text[0]}")
-    bad = [outcome for outcome in world.gather(mine) if outcome[0] != "ok"]
+        lost = _is_lost(world.device)
+    bad = [each for each in world.gather((lost, mine)) if each[1][0] != "ok"]
+    for is_lost, outcome in bad:
+        if is_lost:
+            raise DeviceLost(Outcome(*outcome))
     if not bad:
         return Outcome(), value
     del value
     forget(world.device)
-    return Outcome(*bad[0]), None
+    return Outcome(*bad[0][1]), None
+
+
+def _is_lost(device: torch.device) -> bool:
+    """Whether the GPU answers with the same error to whatever is asked of it."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
 
 
 def forget(device: torch.device) -> None:

@@ -153,6 +153,12 @@ def case_key(record: Record, *, without: Iterable[str] = ()) -> str:
     return json.dumps(parts, sort_keys=True)
 
 
+def measurement_key(record: Record) -> str:
+    """What makes two records repetitions of one measurement, of one revision, as text."""
+    parts = [case_key(record), *(record[name] for name in ("kind", "implementation", "commit"))]
+    return json.dumps(parts)
+
+
 def played_ids(record: Record) -> str | None:
     """How the ids lie on the ranks of a group that was played; None: it was not."""
     return (record.get("played") or {}).get("ids")

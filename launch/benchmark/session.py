@@ -13,9 +13,9 @@ from launch.benchmark.catalogue import Case
 from launch.benchmark.implementations import TABLE, Implementation
 from launch.benchmark.inputs import Snapshot
 from launch.benchmark.measure import Meter
-from launch.benchmark.outcome import Outcome, forget, forget_compiled
+from launch.benchmark.outcome import DeviceLost, Outcome, forget, forget_compiled
 from launch.benchmark.parallel import World
-from launch.benchmark.records import SCHEMA, Record
+from launch.benchmark.records import SCHEMA, Record, measurement_key
 from launch.benchmark.steps import even_rows
 
 
@@ -48,7 +48,11 @@ class Session:
         self._hardware = machine.hardware(world.device)
 
     def measure(self, case: Case, names: list[str]) -> Iterator[Record]:
-        """One record per implementation, as soon as it is measured; all ranks must iterate."""
+        """One record per implementation, as soon as it is measured; all ranks must iterate.
+
+        Raises:
+            DeviceLost: after the record of the implementation that it was lost to.
+        """
         return self._records(case, names, "timing", CaseWork.measure)
 
     def profile(self, case: Case, names: list[str], runs: int) -> Iterator[Record]:
@@ -60,6 +64,14 @@ class Session:
             runs: of the step.
         """
         return self._records(case, names, "profile", lambda work, name: work.profile(name, runs))
+
+    def key(self, case: Case, name: str, kind: str) -> str:
+        """What records of this measurement have in common, see `records.measurement_key`."""
+        ranks = None
+        if self.world.size > 1:
+            size = case.ranks or self.world.size
+            ranks = {"world_size": size, "sequence_parallel": case.sequence_parallel}
+        return measurement_key(self._record(case, name, kind, Outcome(), {"ranks": ranks}))
 
     def _records(
         self,
@@ -73,16 +85,22 @@ class Session:
         forget(self.world.device)
         with reference.matmul_precision("high" if case.tf32 else "highest"):
             work = CaseWork(self.world, self.meter, self.table, case)
-            outcome = work.begin(self.seed, self.snapshot)
-            if outcome.status == "ok":
-                outcome = work.gate(names)
-            for name in names:
-                fields: dict[str, Any] = {"ranks": work.about_ranks()}
-                if outcome.status != "ok":
-                    yield self._record(case, name, kind, outcome, fields)
-                    continue
-                fields |= fields_of(work, name)
-                yield self._record(case, name, kind, work.outcomes[name], fields)
+            try:
+                outcome = work.begin(self.seed, self.snapshot)
+                if outcome.status == "ok":
+                    outcome = work.gate(names)
+                for name in names:
+                    fields: dict[str, Any] = {"ranks": work.about_ranks()}
+                    if outcome.status != "ok":
+                        yield self._record(case, name, kind, outcome, fields)
+                        continue
+                    fields |= fields_of(work, name)
+                    yield self._record(case, name, kind, work.outcomes[name], fields)
+            except DeviceLost as lost:
+                if lost.name is not None:
+                    fields = {"ranks": work.about_ranks()}
+                    yield self._record(case, lost.name, kind, lost.outcome, fields)
+                raise
 
     def _record(
         self, case: Case, name: str, kind: str, outcome: Outcome, fields: dict[str, Any]
