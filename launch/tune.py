@@ -48,14 +48,13 @@ _TILES: dict[int, tuple[tuple[int, int, int, int, int], ...]] = {
         (256, 64, 64, 8, 3),
     ),
     4: (
-        *((64, 128, 32, warps, stages) for warps in (4, 8) for stages in (2, 3, 4)),
-        # Without TF32 deeper steps need more registers than there are.
-        *((64, 128, 16, 8, stages) for stages in (3, 4)),
-        *((64, 64, 16, 4, stages) for stages in (3, 4)),
-        *((128, 128, 32, 8, stages) for stages in (2, 3)),
+        *((128, 128, 32, 8, stages) for stages in (2, 3, 4)),
+        *((64, 128, 32, warps, stages) for warps in (4, 8) for stages in (3, 4)),
+        *((128, 128, 16, 8, stages) for stages in (3, 4)),
+        *((128, 64, 32, warps, 3) for warps in (4, 8)),
         *((64, 64, 32, 4, stages) for stages in (3, 4)),
-        (128, 64, 32, 4, 3),
-        (64, 256, 32, 8, 3),
+        *((64, 256, 32, 8, stages) for stages in (2, 3)),
+        (128, 128, 64, 8, 2),
         (128, 256, 32, 8, 2),
     ),
 }
