@@ -179,6 +179,8 @@ def _memory_figures(records: list[Record]) -> list[Any]:
 
 
 def _token_figures(records: list[Record]) -> list[Any]:
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     figures = []
     for group in _sweeps([record for record in records if record["both"]], "tokens"):
         shape = group[0]["shape"]
@@ -190,7 +192,13 @@ def _token_figures(records: list[Record]) -> list[Any]:
             lambda r: 1000 * r["both"]["median_ms"] / r["shape"]["tokens"],
             axes,
         )
-        axes.set(ylim=(0, None), ylabel="forward + backward [microseconds per token]")
+        # Logarithmic: who takes a hundred times as long would press all others on the axis.
+        axes.set(yscale="log", ylabel="forward + backward [microseconds per token]")
+        low, high = axes.get_ylim()
+        axes.set_ylim(low / 1.5, high * 1.5)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_formatter(ScalarFormatter())
         _legend(axes)
         figures.append(figure)
     return figures
