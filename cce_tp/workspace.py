@@ -151,8 +151,11 @@ class BackwardSizes(NamedTuple):
         return 2 * self.tokens * self.vocab * self.hidden // _FLOPS_PER_BYTE
 
     def logits(self, start: int, stop: int) -> int:
-        """Price of computing the logits of these columns once more."""
-        return self.gemm * (stop - min(stop, max(start, self.known))) // max(1, self.vocab)
+        """Price of making G of these columns once more: a product, or where their logits are kept
+        reading them and writing it, in 16 bits each."""
+        known = max(0, min(stop, self.known) - start)
+        product = self.gemm * (stop - start - known) // max(1, self.vocab)
+        return product + 4 * self.tokens * known
 
     def edges(self, *extents: float) -> int:
         """Price of products with short sides."""

@@ -220,17 +220,25 @@ def test_a_tail_is_taken_where_the_sum_fits_nowhere_else() -> None:
 
 
 def test_kept_logits_make_a_second_look_at_them_cheap() -> None:
-    """With all of them kept, two passes cost no recomputation."""
+    """What is kept is read and not computed again; the rest is a product."""
     shape, mib = (8192, 4096, 32000), 32
-    assert sizes_of(*shape).logits(0, 32000) == sizes_of(*shape).gemm
-    assert sizes_of(*shape, known=8000).logits(0, 32000) == sizes_of(*shape).gemm * 3 // 4
-    assert sizes_of(*shape, known=24000).logits(16000, 32000) == sizes_of(*shape).gemm // 4
-    assert sizes_of(*shape, known=32000).logits(16000, 32000) == 0
-    assert len(plan_backward(sizes_of(*shape), mib * MIB)) == 1
-    few = sizes_of(*shape, can_hold=False, lent_row=0, known=0)
+    gemm, moved = sizes_of(*shape).gemm, 4 * 8192  # bytes per column
+    assert sizes_of(*shape).logits(0, 32000) == gemm
+    some = sizes_of(*shape, known=8000)
+    assert some.logits(0, 32000) == gemm * 3 // 4 + 8000 * moved
+    assert some.logits(16000, 32000) == gemm // 2
+    all_but_some = sizes_of(*shape, known=24000)
+    assert all_but_some.logits(16000, 32000) == gemm // 4 + 8000 * moved
+    few = sizes_of(*shape, can_hold=False, lent_row=0)
     assert len(plan_backward(few, mib * MIB)) == 2
     price = {known: _price_of_two(few._replace(known=known), mib) for known in (0, 32000)}
-    assert price[0] - price[32000] == few.gemm
+    assert price[0] - price[32000] == gemm - 32000 * moved
+
+
+@pytest.mark.parametrize("shape", [(8192, 2304, 256000), (8192, 8192, 16032)], ids=str)
+def test_kept_logits_are_not_read_twice_without_need(shape: tuple[int, int, int]) -> None:
+    walks = [plan_backward(sizes_of(*shape, known=known), 96 * MIB) for known in (0, shape[2])]
+    assert walks[0] == walks[1] and len(walks[0]) == 1
 
 
 def _price_of_two(sizes: BackwardSizes, mib: int) -> int:
