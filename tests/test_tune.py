@@ -185,16 +185,18 @@ def test_what_differs_spills_or_fails_is_left_out(monkeypatch: pytest.MonkeyPatc
     tuner = _tuner({32: 3.0, 16: 1.0})
     assert tuner.try_one(SMALL).problem is None
     packed, gradient = tuner._expected or (torch.empty(0), torch.empty(0))
-    assert tuner._problem(packed, gradient * 1.001, [0, 0]).startswith("another gradient")
-    assert tuner._problem(packed * 1.001, gradient, [0]).startswith("another statistics")
-    assert tuner._problem(packed * torch.nan, gradient, [0]).startswith("another statistics")
-    assert tuner._problem(packed, gradient, [0, 12]) == "spills 12 registers"
+    other = replace(SMALL, block_n=16)
+    assert tuner._problem(other, packed, gradient * 1.001, [0, 0]).startswith("another gradient")
+    assert tuner._problem(other, packed * 1.001, gradient, [0]).startswith("another statistics")
+    assert tuner._problem(other, packed * torch.nan, gradient, [0]).startswith("another statistics")
+    assert tuner._problem(other, packed, gradient, [0, 12]) == "spills 12 registers"
+    assert tuner._problem(SMALL, packed, gradient, [0, 12]) is None  # as it is shipped
 
     def fails() -> Any:
         raise RuntimeError("out of resource: shared memory\nmore")
 
     monkeypatch.setattr(tuner, "_gradient", fails)
-    found = tuner.try_one(replace(SMALL, block_n=16))
+    found = tuner.try_one(other)
     assert found.problem == "RuntimeError: out of resource: shared memory"
     assert found.total_ms == float("inf")
 
@@ -232,3 +234,15 @@ def test_on_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     finally:
         tuning._device_config.cache_clear()
     assert {name: getattr(found, name) for name in TileConfig.__slots__} == entry["config"]
+
+
+@pytest.mark.parametrize(("setting", "precision"), [(False, "tf32x3"), (True, "tf32")])
+def test_precision_of_products(setting: bool, precision: str) -> None:
+    """fp32 follows torch's setting; without TF32 it is made of three products in TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if setting else "highest")
+    try:
+        assert tuning.input_precision(torch.float32) == precision
+        assert tuning.input_precision(torch.bfloat16) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
