@@ -20,7 +20,7 @@ from benchmark_runs import ALL_OPTIONS, CPU, QUICK, TINY, run
 from cce_tp import VocabShard, linear_cross_entropy, sharding
 from cce_tp.workspace import default_workspace_bytes
 from launch.benchmark import __main__ as command
-from launch.benchmark import collectives, measure, outcome, records, scaling, tables
+from launch.benchmark import collectives, machine, measure, outcome, records, scaling, tables
 from launch.benchmark.catalogue import IMPLEMENTATIONS, Case, Options, Shape
 from launch.benchmark.implementations import TABLE, Implementation
 from launch.benchmark.measure import Meter, Timing
@@ -220,47 +220,97 @@ def test_what_raises_is_a_row_and_the_rest_is_measured() -> None:
     ]
 
 
-def test_a_lost_gpu_ends_the_run_and_resume_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The row of who lost it is there; the next run leaves out what has a row."""
-    prepared: list[str] = []
-    plain = _entry(_loss)
+class _Breaks:
+    """An entry of the table that breaks the GPU when it is called for the n-th time."""
 
-    def counted(name: str, *, breaks: bool = False) -> Implementation:
+    def __init__(self, calls: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.left, self.prepared = calls, 0
+        monkeypatch.setattr(outcome, "_is_lost", lambda device: True)
+
+    def entry(self) -> Implementation:
+        plain = _entry(_loss)
+
         def prepare(problem: Problem) -> Any:
-            prepared.append(name)
-            if breaks:
-                raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
-            return plain.prepare(problem)
+            self.prepared += 1
+            call = plain.prepare(problem)
+
+            def loss(operands: Operands) -> Tensor:
+                self.left -= 1
+                if self.left == 0:
+                    raise RuntimeError("CUDA error: an illegal memory access was\nmore")
+                return call(operands)
+
+            return loss
 
         return Implementation(prepare, "torch")
 
-    monkeypatch.setitem(TABLE, "torch-eager", counted("torch-eager"))
-    monkeypatch.setitem(TABLE, "liger", counted("liger", breaks=True))
-    monkeypatch.setitem(TABLE, "apple-cce", counted("apple-cce"))
-    monkeypatch.setattr(outcome, "_is_lost", lambda device: True)
+
+@pytest.mark.parametrize("what", ["run", "profile"])
+@pytest.mark.parametrize("calls", [1, 2, 5], ids=["in-the-gate", "first-step", "later"])
+def test_a_lost_gpu_ends_the_run_and_resume_goes_on(
+    what: str,
+    calls: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The row of who lost it is there; the next run leaves out what has a row."""
+    broken = _Breaks(calls, monkeypatch)
+    monkeypatch.setitem(TABLE, "torch-eager", _entry(_loss))
+    monkeypatch.setitem(TABLE, "liger", broken.entry())
+    monkeypatch.setitem(TABLE, "apple-cce", _entry(_loss))
     out = tmp_path / "rows.jsonl"
-    flags = ["run", "--shape", "48,16,96", "--shape", "48,16,97", "--out", str(out), *QUICK]
-    flags += ["--implementations", "torch-eager,liger,apple-cce", "--commit", "abc"]
-    assert command.main([*flags, "--resume"]) == 1
+    flags = [what, "--shape", "48,16,96", "--shape", "48,16,97", "--out", str(out), "--resume"]
+    flags += ["--implementations", "torch-eager,liger,apple-cce", "--commit"]
+    flags += ["abc", *(QUICK if what == "run" else ("--runs", "5"))]
+    assert command.main(flags) == 1
     captured = capsys.readouterr()
-    assert "liger: RuntimeError: CUDA error: an illegal memory access" in captured.err
-    assert "--resume" in captured.err and "| error" not in captured.out
-    (row,) = records.read([str(out)])[0]
-    assert (row["implementation"], row["status"]) == ("liger", "error")
-    assert prepared == ["torch-eager", "liger"]
-    monkeypatch.setitem(TABLE, "liger", counted("liger"))
-    prepared.clear()
-    assert command.main([*flags, "--resume"]) == 0
-    assert prepared == ["torch-eager", "apple-cce", "torch-eager", "liger", "apple-cce"]
+    assert "lost to liger: RuntimeError: CUDA error: an illegal memory" in captured.err
+    assert "--resume" in captured.err
     rows = records.read([str(out)])[0]
-    assert (
-        len({(each["shape"]["vocab"], each["implementation"]) for each in rows}) == 6 == len(rows)
-    )
-    prepared.clear()
-    assert command.main([*flags[:-1], "def", "--resume"]) == 0
-    assert len(prepared) == 6  # of another revision
+    assert (rows[-1]["implementation"], rows[-1]["status"]) == ("liger", "error")
+    assert rows[-1]["reason"].startswith("RuntimeError: CUDA error")
+    assert len(rows) == (1 if calls == 1 else 2)
+    out.write_bytes(out.read_bytes() + b'{"schema": 3, "ki')  # as if it had been killed
+    broken.left = -1
+    assert command.main(flags) == 0
+    rows = records.read([str(out)])[0]
+    measured = {(each["shape"]["vocab"], each["implementation"]) for each in rows}
+    assert len(measured) == len(rows) == 6
+    assert broken.prepared == 2
+    assert command.main(flags) == 0 and len(records.read([str(out)])[0]) == 6
+    flags[flags.index("abc")] = "def"  # another revision
+    assert command.main(flags) == 0 and len(records.read([str(out)])[0]) == 12
+
+
+def test_what_resume_does_not_take_for_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    out.write_text("")
+    flags = ["run", "--shape", "48,16,96", "--implementations", "torch-eager", *QUICK]
+    flags += ["--out", str(out), "--resume", "--commit", "abc"]
+
+    def missing(problem: Problem) -> Any:
+        raise NotAvailable("not installed")
+
+    monkeypatch.setitem(TABLE, "torch-eager", Implementation(missing, "torch"))
+    assert command.main(flags) == 0
+    monkeypatch.setitem(TABLE, "torch-eager", _entry(_loss))
+    for more in ([], [], ["--host-time"], ["--host-time"]):
+        assert command.main([*flags, *more]) == 0
+    rows = records.read([str(out)])[0]
+    assert [(row["status"], row["host"] is not None) for row in rows] == [
+        ("not available", False),
+        ("ok", False),
+        ("ok", True),
+    ]
+    out.write_text("[1]\n")
+    assert command.main(flags) == 2
+    assert "expected a record of schema" in capsys.readouterr().err
+    monkeypatch.setattr(machine, "commit", lambda: "abc-dirty")
+    assert command.main(flags[:-2]) == 2
+    assert "--resume: expected a revision without changes" in capsys.readouterr().err
 
 
 def test_records_are_written_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ from launch.benchmark.suites import SUITES, suite
 
 _OPTION_FLAGS = tuple(Options.__slots__)
 _SECONDS, _RUNS = 0.5, 10
-_HOW_TO_GO_ON = """This process cannot use its GPU any more. The same command with --resume goes on
+_HOW_TO_GO_ON = """This process cannot use it any more. The same command with --resume goes on
 with what is not in the file of --out."""
 _PACKAGES = {
     "run": ("tqdm", "tabulate"),
@@ -278,7 +278,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--resume: expected together with --out, whose records it looks at")
     if profiling and args.runs < 1:
         raise ValueError(f"--runs: expected a positive integer, got {args.runs}")
-    first = world.rank == 0
+    first, commit = world.rank == 0, args.commit or machine.commit()
     if args.out and first:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     total = sum(len(case.implementations or IMPLEMENTATIONS) for case in plan)
@@ -288,10 +288,10 @@ def run(args: argparse.Namespace) -> int:
             seconds=args.seconds_per_case,
             seed=args.seed,
             snapshot=snapshot,
-            commit=args.commit or machine.commit(),
+            commit=commit,
         )
         kind = "profile" if profiling else "timing"
-        done = _done(args, world)
+        done = _done(args, commit, world)
         for case in plan:
             given = list(case.implementations or IMPLEMENTATIONS)
             names = [name for name in given if session.key(case, name, kind) not in done]
@@ -317,19 +317,36 @@ def run(args: argparse.Namespace) -> int:
                 bar.write(f"\n{heading}\n{tables.terminal(shown)}", file=sys.stdout)
             if lost is not None:
                 if first:
-                    print(f"launch.benchmark: {lost}\n{_HOW_TO_GO_ON}", file=sys.stderr)
+                    how = "" if lost.name is None else f"\n{_HOW_TO_GO_ON}"
+                    print(f"launch.benchmark: the GPU was lost to {lost}{how}", file=sys.stderr)
                 return 1
     return 0
 
 
-def _done(args: argparse.Namespace, world: Any) -> set[str]:
-    """Keys of what the file has already, for all ranks as the first one finds it."""
+def _done(args: argparse.Namespace, commit: str | None, world: Any) -> set[str]:
+    """Keys of what the file has already, for all ranks as the first one finds it.
+
+    Raises:
+        ValueError: on all ranks, if the file holds something else than records.
+    """
     from launch.benchmark import records
 
-    found: set[str] = set()
-    if args.resume and world.rank == 0 and Path(args.out).exists():
-        found = {records.measurement_key(each) for each in records.read([args.out])[0]}
-    return world.gather(found)[0]
+    if not args.resume:
+        return set()
+    if commit is None or commit.endswith("-dirty"):
+        raise ValueError(
+            f"--resume: expected a revision without changes, or --commit, got {commit}"
+        )
+    found: set[str] | str = set()
+    if world.rank == 0:
+        try:
+            found = records.finished(Path(args.out))
+        except ValueError as error:
+            found = str(error)
+    found = world.gather(found)[0]
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found
 
 
 def _require(*packages: str) -> None:

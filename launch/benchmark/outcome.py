@@ -56,6 +56,8 @@ def attempt(world: World, work: Callable[[], T]) -> tuple[Outcome, T | None]:
         mine = ("not available", str(error))
     except torch.OutOfMemoryError as error:
         mine = ("out of memory", str(error).split(" GPU ")[0].splitlines()[0])
+    except DeviceLost:  # of an attempt within this one: raised on all ranks already
+        raise
     except Exception as error:  # others' code may raise anything; the row says what
         text = str(error).splitlines()[:1] or [""]
         mine = ("error", f"{type(error).__name__}: {text[0]}")

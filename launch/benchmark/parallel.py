@@ -46,6 +46,7 @@ class World:
     group: Any = None
     _owns: bool = False
     _alone: Any = None
+    _hosts: Any = None
     _teams: dict[int, Team] = field(default_factory=dict)
     _token: Any = None
 
@@ -71,14 +72,17 @@ class World:
             if not dist.is_initialized():
                 dist.init_process_group(self.backend, timeout=_TIMEOUT)
                 self._owns = True
-            self.group = dist.group.WORLD
+            self.group = self._hosts = dist.group.WORLD
+            if self.backend == "nccl":
+                # What is said between the hosts must not need a GPU: it may be what is broken.
+                self._hosts = dist.new_group(backend="gloo", timeout=_TIMEOUT)
         return self
 
     def __exit__(self, *_: object) -> None:
         # After an error the other ranks may be in a collective, so there is no barrier here.
         if self._owns:
             dist.destroy_process_group()
-        self.group = self._alone = self._token = None
+        self.group = self._alone = self._hosts = self._token = None
         self._teams.clear()
 
     def team(self, size: int | None = None) -> Team:
@@ -113,11 +117,12 @@ class World:
         return self._alone
 
     def gather(self, value: Any) -> list[Any]:
-        """What every rank brings, in the order of the ranks."""
-        if self.group is None:
+        """What every rank brings, in the order of the ranks; between the hosts alone."""
+        group = self._hosts or self.group
+        if group is None:
             return [value]
         answers: list[Any] = [None] * self.size
-        dist.all_gather_object(answers, value, group=self.group)
+        dist.all_gather_object(answers, value, group=group)
         return answers
 
     def align(self) -> None:

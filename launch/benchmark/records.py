@@ -155,8 +155,36 @@ def case_key(record: Record, *, without: Iterable[str] = ()) -> str:
 
 def measurement_key(record: Record) -> str:
     """What makes two records repetitions of one measurement, of one revision, as text."""
-    parts = [case_key(record), *(record[name] for name in ("kind", "implementation", "commit"))]
-    return json.dumps(parts)
+    parts = [case_key(record), (record["ranks"] or {}).get("processes", 1)]
+    parts += [record[name] for name in ("kind", "implementation", "commit", "versions")]
+    return json.dumps([*parts, record["host"] is not None], sort_keys=True)
+
+
+def finished(path: Path) -> set[str]:
+    """`measurement_key` of all that a file has a record of; an unfinished last line is cut off.
+
+    What was not available may be by now, and does not count. What failed has no host's time and
+    counts with and without.
+
+    Raises:
+        ValueError: a line that is no record.
+    """
+    if not path.exists():
+        return set()
+    text = path.read_bytes()
+    whole = text[: text.rfind(b"\n") + 1]
+    if len(whole) < len(text):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    found: set[str] = set()
+    for number, line in enumerate(whole.decode().splitlines(), start=1):
+        record = _parse(str(path), number, line)
+        if record["status"] == "not available":
+            continue
+        found.add(measurement_key(record))
+        if record["status"] != "ok":
+            found.add(measurement_key(record | {"host": {}}))
+    return found
 
 
 def played_ids(record: Record) -> str | None:

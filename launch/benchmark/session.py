@@ -71,7 +71,9 @@ class Session:
         if self.world.size > 1:
             size = case.ranks or self.world.size
             ranks = {"world_size": size, "sequence_parallel": case.sequence_parallel}
-        return measurement_key(self._record(case, name, kind, Outcome(), {"ranks": ranks}))
+            ranks["processes"] = self.world.size
+        fields = {"ranks": ranks, "host": {} if case.host_time and kind == "timing" else None}
+        return measurement_key(self._record(case, name, kind, Outcome(), fields))
 
     def _records(
         self,
