@@ -316,6 +316,7 @@ def run(args: argparse.Namespace) -> int:
                 heading = f"{records.case_label(shown[0])}; {records.source_label(shown[0])}"
                 bar.write(f"\n{heading}\n{tables.terminal(shown)}", file=sys.stdout)
             if lost is not None:
+                world.abandon()
                 if first:
                     how = "" if lost.name is None else f"\n{_HOW_TO_GO_ON}"
                     print(f"launch.benchmark: the GPU was lost to {lost}{how}", file=sys.stderr)

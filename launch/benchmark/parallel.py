@@ -85,6 +85,10 @@ class World:
         self.group = self._alone = self._hosts = self._token = None
         self._teams.clear()
 
+    def abandon(self) -> None:
+        """Leave the group as it is at the end: to take it down needs a GPU that works."""
+        self._owns = False
+
     def team(self, size: int | None = None) -> Team:
         """This process's team of `size` ranks, which divides the world's; None: of all.
 
