@@ -185,7 +185,8 @@ def ran_out_of_memory(output: str) -> bool:
     """
     if re.search("OutOfMemoryError|out of memory", output):
         return True
-    if re.search("illegal|misaligned|device-side assert|unspecified launch failure", output):
+    faults = "illegal (memory|instruction)|misaligned|device-side assert|launch failure"
+    if re.search(faults, output):
         return False
     others = "unhandled cuda error|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"
     return re.search(others, output) is not None
