@@ -69,6 +69,12 @@ def prepare(
         tensors, vocab_shard = _unwrap_dtensors(tensors, vocab_shard)
         group_name = "" if vocab_shard is None else vocab_shard.group_name
         operands, shard = _check_tensors(*tensors, vocab_shard)
+        if checked.keep_logits_in_grad and operands.grad_weight_out is not None:
+            fail(
+                "keep_logits_in_grad",
+                "False with grad_weight_out, whose memory holds sums already",
+                "True",
+            )
         options = resolve(
             checked,
             shard,

@@ -2,7 +2,7 @@
 
 Forward: local statistics -> merged over the group -> loss per token -> reduced. Backward: upstream
 gradient per token -> local dE, dC, dbias from recomputed logits -> dE summed over the group. What
-is kept in between: the inputs and two numbers per token, never logits.
+is kept in between: the inputs and two numbers per token; logits only where they are asked for.
 
 Legend: N tokens, V_local vocabulary rows of this rank, D hidden size.
 """
@@ -130,12 +130,16 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         differentiates = grad_enabled and any(ctx.needs_input_grad)
         far_budget = options.grad_filter.budget if rows.argmax or differentiates else None
         keep_bytes = options.keep_logits_bytes if differentiates else 0
+        # In dC's memory, where there will be a dC together with dE.
+        inside = options.keep_logits_in_grad and grad_enabled and not torch.compiler.is_compiling()
+        inside = inside and ctx.needs_input_grad[0] and ctx.needs_input_grad[1]
         loss, normaliser_2N, count, packed_RN, far = ops.loss(
             *operands,
             *_logit_arguments(options),
             *(rows.logit_sum, rows.entropy, rows.argmax),
             far_budget,
             keep_bytes,
+            ops.dtype_code(weight.dtype) if inside else ops.NOT_WANTED,
             options.group_name,
             options.sequence_parallel,
             [options.start, options.stop, options.vocab_size],
@@ -145,6 +149,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             options.impl,
         )
         totals_4 = far.pop() if far_budget is not None and rows.argmax else None
+        # Not saved as what must not change: the backward pass writes it, and gives it away.
+        ctx.lent = far.pop(0) if inside and far else None
         ctx.save_for_backward(*operands, normaliser_2N, count, *far, *anchors)
         ctx.num_far = len(far)
         # Not saved through save_for_backward: it is accumulated into between forward and backward.
@@ -193,10 +199,16 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], upstream: Tensor) -> tuple[Tens
     """Gradients of input, weight and bias; None where not wanted or in grad_weight_out."""
     options: LossOptions = ctx.options
     *operands, normaliser_2N, count = saved[:_NUM_SAVED]
+    far = saved[_NUM_SAVED:]
+    lent = ctx.lent
+    if lent is not None:
+        ctx.lent = None  # a second backward pass finds no logits any more
+    elif options.keep_logits_in_grad:
+        far = ()
     into_out = ctx.grad_weight_out is not None and ctx.needs_input_grad[1]
     wanted = (
         ctx.needs_input_grad[0],
-        ctx.needs_input_grad[1] and not into_out,
+        ctx.needs_input_grad[1] and not into_out and lent is None,
         ctx.needs_input_grad[2],
     )
     codes = [
@@ -210,12 +222,16 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], upstream: Tensor) -> tuple[Tens
         normaliser_2N,
         count,
         options.grad_filter.eps,
-        [*saved[_NUM_SAVED:]],
-        ctx.grad_weight_out if into_out else None,
+        [*far],
+        ctx.grad_weight_out if into_out else lent,
+        lent is not None,
         codes,
         options.group_name if options.reduce_input_grad else "",
         options.sequence_parallel,
         options.workspace_bytes,
         options.impl,
     )
-    return tuple(grad if want else None for grad, want in zip(made, wanted, strict=True))
+    results = [grad if want else None for grad, want in zip(made, wanted, strict=True)]
+    if lent is not None:
+        results[1] = lent
+    return tuple(results)

@@ -11,7 +11,7 @@ Legend: N tokens, V vocabulary rows of this rank, D hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,11 +22,19 @@ from cce_tp import far_field
 from cce_tp.backend import Backend
 from cce_tp.far_field import FarBackward, FarField, KeptRows
 from cce_tp.filtering import BYTES_PER_ORDERED_ROW, vocabulary_order
-from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient, rows_of, statistics_dtype
+from cce_tp.problem import (
+    KeptLogits,
+    LocalLogits,
+    LogitGradient,
+    memory_of,
+    rows_of,
+    statistics_dtype,
+)
 from cce_tp.products import InputSum, add_product, copies_operands
 from cce_tp.workspace import (
     ALIGNMENT,
     BackwardSizes,
+    PrefixWalk,
     StripWalk,
     TailWalk,
     TokenWalk,
@@ -34,9 +42,11 @@ from cce_tp.workspace import (
     WholeWalk,
     blocks,
     borrowed_tokens,
+    gradient_pitch,
     pays,
     plan_backward,
     plan_head,
+    plan_kept,
     plan_rest,
 )
 
@@ -103,7 +113,7 @@ class _Head:
         columns: how many columns were taken, from the first on; if there are not as many, the
             others were zeros.
         total: dE so far.
-        weight: (columns, D) their rows of dC, until they are stored.
+        weight: (columns, D) their rows of dC, until they are stored; None where they are already.
     """
 
     columns: int
@@ -160,9 +170,11 @@ class _BackwardPass:
         eps: float | None,
         state: FarField | None,
         kept: KeptLogits | None,
+        kept_inside: bool,
     ) -> None:
         self.backend = backend
         self.kept = kept
+        self.kept_inside = kept_inside
         self.logits = logits
         self.sinks = sinks
         self.eps = eps
@@ -203,6 +215,8 @@ class _BackwardPass:
 
     def run(self, workspace_bytes: int) -> None:
         self.piece_bytes = min(_PIECE_BYTES, workspace_bytes // 8)
+        if self.kept_inside and self._walk_over_kept(workspace_bytes):
+            return
         if self.far is None:
             self._walk_all(workspace_bytes)
             return
@@ -257,6 +271,43 @@ class _BackwardPass:
         del logits  # gathered rows, before the temporary of dC is made
         return _Head(plan.columns, total, self._weight_part(grad_VN, self.logits.input, None))
 
+    def _walk_over_kept(self, workspace_bytes: int) -> bool:
+        """Walk from the logits in dC's memory on; or forget them, where the workspace is too small
+        for that."""
+        kept, grad_input, grad_weight = self.kept, self.sinks.input, self.sinks.weight
+        if kept is None:
+            return False
+        sizes = walk = None
+        if grad_input is not None and grad_weight is not None:
+            some = kept.columns < self.columns.count
+            sizes = self._sizes(taken=kept.columns if some else 0)
+            walk = plan_kept(sizes, workspace_bytes)
+        if isinstance(walk, WholeWalk):
+            assert sizes is not None
+            self._whole_walk(walk, sizes)
+        elif walk is not None:
+            assert sizes is not None
+            self._token_walk(walk.rest, sizes, self._prefix(kept, walk, sizes))
+        else:
+            self.kept = None
+        return walk is not None
+
+    def _prefix(self, kept: KeptLogits, walk: PrefixWalk, sizes: BackwardSizes) -> _Head:
+        """G^T in place of the kept logits; their part of dE from all of it, then dC over it."""
+        grad_input = self.sinks.input
+        assert grad_input is not None
+        total = InputSum(grad_input, self.sum_dtype, in_place=False, borrow=walk.rest.borrow)
+        everything = _Strip(0, kept.columns, None)
+        logits = self.logits.columns(0, kept.columns)
+        out = kept.below_max.view(self.logits.input.dtype)
+        _, grad_VN, _ = self._gradient(everything, logits, (0, out.shape[1]), out)
+        self._add_bias(everything, grad_VN)
+        for t0, t1, part in total.parts:
+            self._product(part, _columns_of(grad_VN, t0, t1), logits.weight, None, False)
+        strips = walk.strips(sizes, kept.columns)
+        self._weight_over(grad_VN, strips, walk.strip)
+        return _Head(kept.columns, total, None)
+
     def _walk_all(self, workspace_bytes: int) -> None:
         sizes = self._sizes()
         self._walk(plan_backward(sizes, workspace_bytes), sizes, None)
@@ -288,7 +339,7 @@ class _BackwardPass:
         if self.eps is not None:
             fixed += BYTES_PER_ORDERED_ROW * vocab
         weight_row = lent_row = loan_columns = loan_bytes = 0
-        gradient_row = _padded(num_tokens) * itemsize
+        gradient_row = gradient_pitch(num_tokens) * itemsize
         if dC is not None:
             if self.in_pieces:
                 fixed += self._piece_rows(dC) * hidden * self._product_dtype(dC).itemsize
@@ -326,7 +377,7 @@ class _BackwardPass:
             loan_bytes=loan_bytes,
             sequential=self.far is not None,
             fixed=fixed,
-            known=0 if self.kept is None else min(self.kept.columns, vocab),
+            known=0 if self.kept is None or taken else min(self.kept.columns, vocab),
             need_input=dE is not None,
             need_weight=dC is not None,
         )
@@ -353,7 +404,8 @@ class _BackwardPass:
         taken = 0
         if head is not None:
             taken = min(head.columns, vocab)
-            self._store_head(head, taken, loan)
+            if head.weight is not None:
+                self._store_head(head, taken, loan)
         if loan is not None:
             buffer = self._late_rows(walk.strip)
         else:
@@ -376,7 +428,7 @@ class _BackwardPass:
                 out = self._lent(start, stop) if stop - start > walk.strip else buffer
                 logits, grad_VN, kept = self._gradient(strip, logits, (n0, n1), out)
                 self._add_bias(strip, grad_VN)
-                add = start > 0 or self.far is not None
+                add = start > 0 or self.far is not None  # from a prefix on, `start` is not 0
                 for t0, t1, part in total.parts:
                     self._product(part, _columns_of(grad_VN, t0, t1), logits.weight, kept, add)
                 if stop == vocab:
@@ -422,8 +474,8 @@ class _BackwardPass:
         num_tokens, vocab, hidden = self.logits.shape
         everything = _Strip(0, vocab, None)
         first = vocab * (hidden * grad_weight.itemsize - sizes.gradient_row)
-        shape, pitch = (vocab, num_tokens), _padded(num_tokens)
-        out = _memory_of(grad_weight, first, shape, self.logits.input.dtype, pitch)
+        shape, pitch = (vocab, num_tokens), gradient_pitch(num_tokens)
+        out = memory_of(grad_weight, first, shape, self.logits.input.dtype, pitch)
         _, grad_VN, _ = self._gradient(everything, self.logits, (0, num_tokens), out)
         self._add_bias(everything, grad_VN)
         for n0, n1 in blocks(num_tokens, walk.chunk):
@@ -435,12 +487,25 @@ class _BackwardPass:
             total.finish(self.unscale)
             del total
         self.sinks.input_done()
+        self._weight_over(grad_VN, walk.strips(sizes), walk.strip)
+
+    def _weight_over(
+        self, grad_VN: Tensor, strips: Iterable[tuple[int, int, bool]], width: int
+    ) -> None:
+        """dC of the first columns, in whose memory their G^T lies.
+
+        Args:
+            strips: (start, stop, whether G^T is copied out first).
+            width: columns that are copied out at once.
+        """
+        grad_weight, num_tokens = self.sinks.weight, grad_VN.shape[1]
+        assert grad_weight is not None
         buffer = None
-        for start, stop, copied in walk.strips(sizes):
+        for start, stop, copied in strips:
             part = rows_of(grad_VN, start, stop)
             if copied:
                 if buffer is None:
-                    buffer = self._buffer(walk.strip, num_tokens)
+                    buffer = self._buffer(width, num_tokens)
                 part = buffer[: stop - start, :num_tokens].copy_(part)
             strip = _Strip(start, stop, None)
             self._add_weight(grad_weight, strip, part, self.logits.input, None, accumulate=False)
@@ -452,7 +517,7 @@ class _BackwardPass:
         num_tokens, vocab, hidden = self.logits.shape
         apart = num_tokens - (borrowed_tokens(num_tokens) if walk.borrow else 0)
         first = _aligned((vocab - walk.tail) * hidden * grad_weight.itemsize)
-        held = _memory_of(grad_weight, first, (apart, hidden), self.sum_dtype, hidden)
+        held = memory_of(grad_weight, first, (apart, hidden), self.sum_dtype, hidden)
         total = InputSum(grad_input, self.sum_dtype, in_place=False, borrow=walk.borrow, held=held)
         tokens, buffer = (0, num_tokens), self._buffer(walk.strip, num_tokens)
         steps = [(start, stop, True) for start, stop in walk.ahead(sizes)]
@@ -508,7 +573,7 @@ class _BackwardPass:
                 self._store(strip, grad_weight, total, accumulate=self.sinks.accumulate_weight)
 
     def _buffer(self, strip: int, chunk: int) -> Tensor:
-        return self.logits.input.new_empty(strip, _padded(chunk))
+        return self.logits.input.new_empty(strip, gradient_pitch(chunk))
 
     def _lent(self, start: int, stop: int) -> Tensor:
         """(stop - start, N) in the memory of the rows of dC after `stop`."""
@@ -523,7 +588,7 @@ class _BackwardPass:
         assert out is not None
         first = _aligned(first_row * out.shape[1] * out.itemsize)
         shape = (columns, self.logits.shape[0])
-        return _memory_of(out, first, shape, self.logits.input.dtype, _padded(shape[1]))
+        return memory_of(out, first, shape, self.logits.input.dtype, gradient_pitch(shape[1]))
 
     def _gradient(
         self, strip: _Strip, columns: LocalLogits, tokens: tuple[int, int], buffer: Tensor
@@ -657,21 +722,6 @@ def _aligned(first_byte: int) -> int:
     return -(-first_byte // ALIGNMENT) * ALIGNMENT
 
 
-def _memory_of(
-    grad_weight: Tensor, first_byte: int, shape: tuple[int, int], dtype: torch.dtype, pitch: int
-) -> Tensor:
-    """A matrix of this shape, its rows `pitch` apart, in the memory of dC from a byte of it on."""
-    # One view of two dimensions for three of one: each keeps the host as long.
-    flat = grad_weight if grad_weight.dtype == dtype else grad_weight.view(dtype)
-    first = flat.storage_offset() + first_byte // dtype.itemsize
-    return flat.as_strided(shape, (pitch, 1), first)
-
-
-def _padded(num_tokens: int) -> int:
-    """Row length of G^T: rows start aligned for the tensor memory accelerator."""
-    return -(-num_tokens // 16) * 16
-
-
 def _into_range(
     logits: LocalLogits, upstream: LogitGradient
 ) -> tuple[LogitGradient, Tensor | None]:
@@ -698,6 +748,7 @@ def gradients(
     eps: float | None,
     far: FarField | None,
     kept: KeptLogits | None,
+    kept_inside: bool,
     workspace_bytes: int,
 ) -> None:
     """Write this rank's gradients into `sinks`.
@@ -710,11 +761,13 @@ def gradients(
         eps: threshold of the paper's filter, or None.
         far: what the forward pass left for the far field, or None.
         kept: logits that it kept, or None.
+        kept_inside: it kept them in the memory of `sinks.weight`.
         workspace_bytes: cap on temporaries beyond the gradients.
     """
     num_tokens, vocab, _ = logits.shape
     if num_tokens > 0 and vocab > 0:
-        _BackwardPass(backend, logits, upstream, sinks, eps, far, kept).run(workspace_bytes)
+        made = _BackwardPass(backend, logits, upstream, sinks, eps, far, kept, kept_inside)
+        made.run(workspace_bytes)
         return
     if sinks.input is not None:
         sinks.input.zero_()

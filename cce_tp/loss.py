@@ -37,6 +37,7 @@ class _Keywords(TypedDict, total=False):
     impl: str
     workspace_bytes: int | None
     keep_logits_bytes: int
+    keep_logits_in_grad: bool
 
 
 @overload
@@ -80,6 +81,7 @@ def linear_cross_entropy(
     impl: str = "auto",
     workspace_bytes: int | None = None,
     keep_logits_bytes: int = 0,
+    keep_logits_in_grad: bool = False,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Cross entropy of `input @ linear_weight.T` against `target`, without storing the logits.
 
@@ -124,6 +126,14 @@ def linear_cross_entropy(
         keep_logits_bytes: how many bytes of 16-bit logits, beside workspace_bytes, to keep from the
             forward pass, so that the backward pass recomputes fewer; this rank's first rows, whole
             tiles of them. For fp16 and bf16 operands and the exact filter.
+        keep_logits_in_grad: keep as many logits as fit the memory of the weight's gradient, which
+            is then allocated in the forward pass and not in the backward pass: all of them while
+            N <= D, a share of D / N beyond (with an fp32 gradient twice that). Needs no memory
+            beside it but about 1% of what is kept. For the same operands and filter; not together
+            with keep_logits_bytes or grad_weight_out. Nothing is kept on the CPU, under
+            torch.compile, unless `input` and the weight both need a gradient, or where N > D and
+            workspace_bytes does not hold half of `input` in fp32. A second backward pass through
+            the same graph recomputes.
 
     Returns:
         The loss, fp32 (fp64 for fp64): () for "mean" and "sum", target's shape for "none"; with
@@ -153,6 +163,7 @@ def linear_cross_entropy(
             "impl": impl,
             "workspace_bytes": workspace_bytes,
             "keep_logits_bytes": keep_logits_bytes,
+            "keep_logits_in_grad": keep_logits_in_grad,
         },
     )
     loss, *statistics = LinearCrossEntropyFunction.apply(
@@ -180,8 +191,8 @@ class LinearCrossEntropyLoss(nn.Module):
     Args:
         vocab_shard: as in `linear_cross_entropy`.
         options: ignore_index, reduction, label_smoothing, z_loss, logit_scale, logit_softcap,
-            grad_filter, return_stats, impl, workspace_bytes, keep_logits_bytes, as in
-            `linear_cross_entropy`.
+            grad_filter, return_stats, impl, workspace_bytes, keep_logits_bytes,
+            keep_logits_in_grad, as in `linear_cross_entropy`.
 
     Raises:
         ValueError: an option outside its range, on construction.

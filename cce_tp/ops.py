@@ -28,9 +28,9 @@ from cce_tp.problem import (
     LossTerms,
     statistics_dtype,
 )
-from cce_tp.products import FullPrecisionSums
+from cce_tp.products import FullPrecisionSums, copies_operands
 from cce_tp.stats import StatRows
-from cce_tp.workspace import default_workspace_bytes
+from cce_tp.workspace import columns_in_grad, default_workspace_bytes
 
 _LIBRARY = torch.library.Library("cce_tp", "DEF")
 
@@ -143,7 +143,10 @@ _LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]
 
 def _loss(*arguments: Any) -> _LossOutputs:
     logits, terms, rest = _split(arguments)
-    flags, (far_budget, keep_logits_bytes, group, sequence_parallel, *rest) = rest[:3], rest[3:]
+    flags, (far_budget, keep_logits_bytes, lent_dtype, group, sequence_parallel, *rest) = (
+        rest[:3],
+        rest[3:],
+    )
     shard, agreed, numbers, workspace_bytes, impl = rest
     rows = StatRows(*flags)
     chosen = backend(impl)
@@ -157,10 +160,13 @@ def _loss(*arguments: Any) -> _LossOutputs:
             sharding.agree(group, offer)
         whole = _with_all_tokens(logits, group, sequence_parallel)
         budget = _budget(workspace_bytes, logits, terms.vocab_size)
-        ordered = kept = None
+        ordered = kept = lent = None
         if far_budget is None or not _has_logits(logits):
-            if keep_logits_bytes > 0:
-                kept = KeptLogits.empty(whole, chosen.tile_rows(whole.input), keep_logits_bytes)
+            tile = chosen.tile_rows(whole.input)
+            if lent_dtype != NOT_WANTED:
+                lent, kept = _kept_inside(whole, lent_dtype, tile, budget)
+            elif keep_logits_bytes > 0:
+                kept = KeptLogits.empty(whole, tile, keep_logits_bytes)
             packed = chosen.statistics(whole, rows, budget, kept)
         else:
             ordered = far_field.sorted_statistics(chosen, whole, rows, budget)
@@ -168,7 +174,9 @@ def _loss(*arguments: Any) -> _LossOutputs:
         if group:
             packed = sharding.merge_over_group(packed, rows, group)
         made = chosen.token_loss(packed, logits.target, rows, terms)
-        far: list[Tensor] = [] if kept is None else [kept.below_max, kept.tile_max]
+        far: list[Tensor] = []
+        if kept is not None:
+            far = [kept.below_max if lent is None else lent, kept.tile_max]
         if ordered is not None:
             assert far_budget is not None
             chosen_tiles = ordered.choose(chosen, whole, packed, made.normaliser, terms, far_budget)
@@ -181,20 +189,41 @@ def _loss(*arguments: Any) -> _LossOutputs:
     return made.loss, made.normaliser, made.count, packed if rows.argmax else None, far
 
 
+def _kept_inside(
+    logits: LocalLogits, lent_dtype: int, tile: int, workspace_bytes: int
+) -> tuple[Tensor, KeptLogits] | tuple[None, None]:
+    """dC's memory, and room for logits in it, if there is to be any."""
+    num_tokens, dtype = logits.target.shape[0], _DTYPES[lent_dtype]
+    rows, hidden = logits.weight.shape
+    if not _has_logits(logits) or copies_operands(logits.input):
+        return None, None
+    columns = columns_in_grad(num_tokens, (rows, hidden), dtype, tile, workspace_bytes)
+    if columns == 0:
+        return None, None
+    lent = logits.input.new_empty(logits.weight.shape, dtype=dtype)
+    shape = (-(-columns // tile), num_tokens)
+    tile_max = logits.input.new_empty(shape, dtype=torch.float32)
+    return lent, KeptLogits.inside(lent, tile_max, tile)
+
+
 def _has_logits(logits: LocalLogits) -> bool:
     return logits.target.shape[0] > 0 and logits.weight.shape[0] > 0
 
 
 def _loss_fake(*arguments: Any) -> _LossOutputs:
-    logits, terms, (*flags, far_budget, keep_logits_bytes, _, _, _, _, _, _, impl) = _split(
-        arguments
-    )
+    logits, terms, rest = _split(arguments)
+    flags, (far_budget, keep_logits_bytes, lent_dtype, *_, cap, impl) = rest[:3], rest[3:]
     rows, num_tokens = StatRows(*flags), logits.target.shape[0]
     far: list[Tensor] = []
-    if far_budget is None and keep_logits_bytes > 0:
-        tile = backend(impl).tile_rows(logits.input)
-        kept = KeptLogits.empty(logits, tile, keep_logits_bytes)
-        far += [] if kept is None else [kept.below_max, kept.tile_max]
+    if far_budget is None and (keep_logits_bytes > 0 or lent_dtype != NOT_WANTED):
+        tile, lent = backend(impl).tile_rows(logits.input), None
+        if lent_dtype != NOT_WANTED:
+            budget = _budget(cap, logits, terms.vocab_size)
+            lent, kept = _kept_inside(logits, lent_dtype, tile, budget)
+        else:
+            kept = KeptLogits.empty(logits, tile, keep_logits_bytes)
+        if kept is not None:
+            far = [kept.below_max if lent is None else lent, kept.tile_max]
     if far_budget is not None:
         if _has_logits(logits):
             tile = backend(impl).tile_rows(logits.input)
@@ -218,7 +247,7 @@ _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def _gradients(*arguments: Any) -> _Gradients:
     logits, terms, rest = _split(arguments)
-    upstream, normaliser, count, eps, far, grad_weight_out, dtypes, *rest = rest
+    upstream, normaliser, count, eps, far, grad_weight_out, lent, dtypes, *rest = rest
     group, sequence_parallel, workspace_bytes, impl = rest
     made = grad_input, grad_weight, grad_bias = _empty_gradients(logits, dtypes)
     chosen = backend(impl)
@@ -235,7 +264,7 @@ def _gradients(*arguments: Any) -> _Gradients:
             input=partial,
             weight=grad_weight_out if grad_weight is None else grad_weight,
             bias=bias_sum,
-            accumulate_weight=grad_weight_out is not None,
+            accumulate_weight=grad_weight_out is not None and not lent,
             input_done=reduction.start,
         )
         max_logit, log_sum = normaliser.unbind()
@@ -251,6 +280,10 @@ def _gradients(*arguments: Any) -> _Gradients:
         kept = ordered = None
         if len(far) == len(FarField._fields):
             ordered = FarField(*far)
+        elif far and lent:
+            assert grad_weight_out is not None
+            (tile_max,) = far
+            kept = KeptLogits.inside(grad_weight_out, tile_max, chosen.tile_rows(whole.input))
         elif far:
             kept = KeptLogits(*far, tile=chosen.tile_rows(whole.input))
         with FullPrecisionSums(whole.input.dtype):
@@ -262,6 +295,7 @@ def _gradients(*arguments: Any) -> _Gradients:
                 eps=eps,
                 far=ordered,
                 kept=kept,
+                kept_inside=lent,
                 workspace_bytes=budget,
             )
         if grad_bias is not None and bias_sum is not None:
@@ -271,7 +305,7 @@ def _gradients(*arguments: Any) -> _Gradients:
 
 
 def _gradients_fake(*arguments: Any) -> _Gradients:
-    logits, _, (_, _, _, _, _, _, dtypes, *_) = _split(arguments)
+    logits, _, (_, _, _, _, _, _, _, dtypes, *_) = _split(arguments)
     return _empty_gradients(logits, dtypes)
 
 
@@ -298,23 +332,26 @@ def _empty_gradients(logits: LocalLogits, dtypes: list[int]) -> _Gradients:
 # -> loss, (2, N) normaliser, number of tokens that count, packed statistics (if argmax is asked),
 # and what is kept for the backward pass: with a far_budget the fields of a FarField (none if this
 # rank has no logits), then its totals (if argmax is asked); with keep_logits_bytes the tensors of a
-# KeptLogits (none if no tile fits). In a group the first call with new terms is a handshake.
+# KeptLogits (none if no tile fits); with `lent_dtype` those too, but dC, of that dtype and as yet
+# unwritten, for the tensor in whose memory they lie. In a group the first call with new terms is a
+# handshake.
 loss = _define(
     "loss",
     f"({_LOGITS_SCHEMA}, {_TERMS_SCHEMA}, {_ROWS_SCHEMA}, float? far_budget, "
-    "int keep_logits_bytes, str group, bool sequence_parallel, int[] shard, str agreed, "
-    "float[] numbers, int? workspace_bytes, str impl) "
+    "int keep_logits_bytes, int lent_dtype, str group, bool sequence_parallel, int[] shard, "
+    "str agreed, float[] numbers, int? workspace_bytes, str impl) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
     _loss,
     _loss_fake,
 )
 # -> (dE, dC, dbias); dtypes: three numbers of `dtype_code`, or NOT_WANTED. dE is summed over the
-# group, if one is named. far: the fields of a FarField, the tensors of a
-# KeptLogits, or none.
+# group, if one is named. far: the fields of a FarField, the tensors of a KeptLogits, or none.
+# grad_weight_out is added to; or, if it is `lent`, overwritten: its memory holds the kept logits,
+# whose other tensor is alone in `far`.
 input_weight_gradients = _define(
     "gradients",
     f"({_LOGITS_SCHEMA}, {_TERMS_SCHEMA}, Tensor upstream, Tensor normaliser, Tensor count, "
-    "float? eps, Tensor[] far, Tensor(a!)? grad_weight_out, int[] dtypes, str group, "
+    "float? eps, Tensor[] far, Tensor(a!)? grad_weight_out, bool lent, int[] dtypes, str group, "
     "bool sequence_parallel, int? workspace_bytes, str impl) -> (Tensor, Tensor, Tensor)",
     _gradients,
     _gradients_fake,

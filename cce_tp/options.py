@@ -39,6 +39,7 @@ class Settings:
     impl: str = "auto"
     workspace_bytes: int | None = None
     keep_logits_bytes: int = 0
+    keep_logits_in_grad: bool = False
 
     def __post_init__(self) -> None:
         if self.reduction not in ("none", "mean", "sum"):
@@ -77,12 +78,22 @@ class Settings:
             or self.keep_logits_bytes < 0
         ):
             fail("keep_logits_bytes", "an int >= 0", repr(self.keep_logits_bytes))
-        if self.keep_logits_bytes > 0 and self.grad_filter.kind != "exact":
+        if not isinstance(self.keep_logits_in_grad, bool):
+            fail("keep_logits_in_grad", "True or False", repr(self.keep_logits_in_grad))
+        if self.keep_logits_in_grad and self.keep_logits_bytes > 0:
             fail(
                 "keep_logits_bytes",
-                f"0 with grad_filter {self.grad_filter.kind!r}, which has its own order of rows",
+                "0 with keep_logits_in_grad, which is another place for them",
                 repr(self.keep_logits_bytes),
             )
+        for name, none in (("keep_logits_bytes", 0), ("keep_logits_in_grad", False)):
+            if getattr(self, name) and self.grad_filter.kind != "exact":
+                kind = self.grad_filter.kind
+                fail(
+                    name,
+                    f"{none} with grad_filter {kind!r}, which has its own order of rows",
+                    repr(getattr(self, name)),
+                )
 
 
 def fail(argument: str, expected: str, got: str) -> NoReturn:
@@ -125,6 +136,7 @@ class LossOptions:
         compute_dtype: dtype of the products' operands.
         workspace_bytes: cap on temporaries, or None for the default.
         keep_logits_bytes: bytes of logits to keep from the forward pass for the backward pass.
+        keep_logits_in_grad: keep those that fit the memory of dC.
         impl: "triton" or "torch".
         terms: what all ranks must agree on beside the numbers, as "name=value; name=value".
     """
@@ -146,6 +158,7 @@ class LossOptions:
     compute_dtype: torch.dtype
     workspace_bytes: int | None
     keep_logits_bytes: int
+    keep_logits_in_grad: bool
     impl: str
     terms: str
 
@@ -225,12 +238,13 @@ def _resolve(
 ) -> LossOptions:
     start, stop, vocab_size, group_name = bounds
     reduce_input_grad, sequence_parallel = flags
-    if settings.keep_logits_bytes > 0 and compute_dtype.itemsize != 2:
-        fail(
-            "keep_logits_bytes",
-            f"0 with products in {compute_dtype}, whose logits 16 bits do not hold",
-            repr(settings.keep_logits_bytes),
-        )
+    for name, none in (("keep_logits_bytes", 0), ("keep_logits_in_grad", False)):
+        if getattr(settings, name) and compute_dtype.itemsize != 2:
+            fail(
+                name,
+                f"{none} with products in {compute_dtype}, whose logits 16 bits do not hold",
+                repr(getattr(settings, name)),
+            )
     terms = ""
     if group_name:
         # What must be the same on every rank beside numbers: those may be symbolic under
@@ -270,6 +284,7 @@ def _resolve(
         compute_dtype=compute_dtype,
         workspace_bytes=settings.workspace_bytes,
         keep_logits_bytes=settings.keep_logits_bytes,
+        keep_logits_in_grad=settings.keep_logits_in_grad,
         impl=_resolve_impl(settings.impl, compute_dtype, device),
         terms=terms,
     )

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from cce_tp.workspace import gradient_pitch
+
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Statistics, losses and accumulators are fp32, or fp64 for fp64 inputs."""
@@ -20,6 +22,16 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 def rows_of(tensor: Tensor, start: int, stop: int) -> Tensor:
     """tensor[start:stop], or the tensor itself where that is all: a view keeps the host a while."""
     return tensor if stop - start == tensor.shape[0] else tensor[start:stop]
+
+
+def memory_of(
+    tensor: Tensor, first_byte: int, shape: tuple[int, int], dtype: torch.dtype, pitch: int
+) -> Tensor:
+    """A matrix of this shape, its rows `pitch` apart, in a tensor's memory from a byte of it on."""
+    # One view of two dimensions for three of one: each keeps the host as long.
+    flat = tensor if tensor.dtype == dtype else tensor.view(dtype)
+    first = flat.storage_offset() + first_byte // dtype.itemsize
+    return flat.as_strided(shape, (pitch, 1), first)
 
 
 class LocalLogits(NamedTuple):
@@ -95,7 +107,7 @@ class KeptLogits(NamedTuple):
     def empty(cls, logits: LocalLogits, tile: int, keep_bytes: int) -> KeptLogits | None:
         """Room for as many whole tiles as fit `keep_bytes`, or all; None for none."""
         num_tokens, vocab = logits.target.shape[0], logits.weight.shape[0]
-        width = -(-num_tokens // 16) * 16  # rows aligned for the tensor memory accelerator
+        width = gradient_pitch(num_tokens)
         tiles = 0 if width == 0 else min(keep_bytes // (2 * width * tile), -(-vocab // tile))
         if tiles == 0:
             return None
@@ -103,6 +115,23 @@ class KeptLogits(NamedTuple):
         below_max = logits.input.new_empty((columns, width), dtype=torch.float16)
         tile_max = logits.input.new_empty((tiles, num_tokens), dtype=torch.float32)
         return cls(below_max[:, :num_tokens], tile_max, tile)
+
+    @classmethod
+    def inside(cls, grad_weight: Tensor, tile_max: Tensor, tile: int) -> KeptLogits:
+        """In the memory of dC: all columns at its end, or the first ones at its start.
+
+        Args:
+            grad_weight: (V, D) contiguous.
+            tile_max: (tiles, N), as many tiles as are kept.
+            tile: columns per tile.
+        """
+        tiles, num_tokens = tile_max.shape
+        vocab, pitch = grad_weight.shape[0], gradient_pitch(num_tokens)
+        columns, first = min(tiles * tile, vocab), 0
+        if columns == vocab:
+            first = grad_weight.nbytes - vocab * pitch * 2
+        shape = (columns, num_tokens)
+        return cls(memory_of(grad_weight, first, shape, torch.float16, pitch), tile_max, tile)
 
     @property
     def columns(self) -> int:

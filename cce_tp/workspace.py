@@ -12,6 +12,8 @@ way can avoid, and the cheapest that fits is taken:
 - `TokenWalk`, both cut: the smallest buffers.
 - `WholeWalk`: all of G^T at the end of dC's memory (N <= D), neither sum is needed; dC is written
   from its start, and what of G^T is in the way by then is copied out strip by strip.
+- `PrefixWalk`: where dC's memory holds kept logits of the first columns: their G^T in their place,
+  and dC over it as above; then a `TokenWalk` of the other columns.
 - `TailWalk`: dE's accumulator in the last rows of dC, whose logits are recomputed once more when dE
   is complete: where the workspace does not hold the accumulator, and the vocabulary is large beside
   N.
@@ -26,6 +28,8 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
+
+import torch
 
 MIB = 1 << 20
 MIN_WORKSPACE_BYTES = 1 * MIB
@@ -75,6 +79,38 @@ def default_workspace_bytes(num_tokens: int, hidden: int, vocab_size: int) -> in
     least, most = _DEFAULT_FLOORS_BYTES
     floor = min(max(least, num_tokens * hidden), most)
     return max(floor, int(_DEFAULT_SHARE * 2 * num_tokens * vocab_size))
+
+
+def gradient_pitch(num_tokens: int) -> int:
+    """Elements from one row of G^T, or of kept logits, to the next: rows start aligned for the
+    tensor memory accelerator."""
+    return -(-num_tokens // 16) * 16
+
+
+def columns_in_grad(
+    num_tokens: int,
+    grad_shape: tuple[int, int],
+    grad_dtype: torch.dtype,
+    tile: int,
+    workspace_bytes: int,
+) -> int:
+    """How many columns' 16-bit logits the memory of dC is to hold: all, or as many whole tiles as
+    fit; none where the workspace would not hold the sum of dE that some of them ask for.
+
+    Args:
+        num_tokens: N.
+        grad_shape, grad_dtype: (V, D), of dC.
+        tile: columns per tile.
+        workspace_bytes: cap of the backward pass.
+    """
+    vocab, hidden = grad_shape
+    row, column = hidden * grad_dtype.itemsize, 2 * gradient_pitch(num_tokens)
+    if column <= row:
+        return vocab
+    sums = 2 * num_tokens * hidden  # fp32 for half of the tokens, the others borrow
+    if for_buffers(workspace_bytes, num_tokens) < sums + 2 * _STRIP_STEP * column:
+        return 0
+    return vocab * row // (column * tile) * tile
 
 
 def blocks(size: int, step: int) -> list[tuple[int, int]]:
@@ -230,20 +266,51 @@ class WholeWalk:
 
     def strips(self, sizes: BackwardSizes) -> Iterator[tuple[int, int, bool]]:
         """(start, stop, whether G^T is copied out first) of each strip of dC, in their order."""
-        row, start = sizes.lent_row or sizes.gradient_row, 0
-        while start < sizes.vocab:
-            left = sizes.vocab - start
-            # Rows of dC from `start` on whose memory holds none of G^T's rows from `start` on.
-            free = left * (row - sizes.gradient_row) // row
-            free -= free % 16
-            # They make a strip if they are many, or if the buffer then holds what is left.
-            enough = free >= self.strip or left - free <= self.strip
-            copied = left <= self.strip or not enough
-            width = self.strip if copied else free
-            if sizes.weight_row:  # the product has a temporary, as wide as the strip
-                width = min(width, self.strip)
-            yield start, min(start + width, sizes.vocab), copied
-            start += width
+        row = sizes.lent_row or sizes.gradient_row
+        return _overlaid_strips(sizes, self.strip, sizes.vocab, sizes.vocab * row)
+
+
+def _overlaid_strips(
+    sizes: BackwardSizes, buffer: int, columns: int, last_byte: int
+) -> Iterator[tuple[int, int, bool]]:
+    """(start, stop, whether G^T is copied out first) of strips of dC's first rows, in their order,
+    where dC's memory holds G^T of as many columns, up to a byte.
+
+    Args:
+        buffer: columns that are copied out at once.
+    """
+    row = sizes.lent_row or sizes.gradient_row
+    start = 0
+    while start < columns:
+        left = columns - start
+        # Rows of dC from `start` on whose memory holds none of G^T's rows from `start` on.
+        free = (last_byte - left * sizes.gradient_row) // row - start
+        free = min(free - free % 16, left)
+        # They make a strip if they are many, or if the buffer then holds what is left.
+        enough = free >= buffer or left - free <= buffer
+        copied = left <= buffer or not enough
+        width = buffer if copied else free
+        if sizes.weight_row:  # the product has a temporary, as wide as the strip
+            width = min(width, buffer)
+        yield start, min(start + width, columns), copied
+        start += width
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixWalk:
+    """G^T of the first columns at the start of dC's memory, then the other columns.
+
+    Attributes:
+        strip: vocabulary rows that the buffer holds meanwhile.
+        rest: the walk of the other columns, over all tokens at once.
+    """
+
+    strip: int
+    rest: TokenWalk
+
+    def strips(self, sizes: BackwardSizes, columns: int) -> Iterator[tuple[int, int, bool]]:
+        """As those of a `WholeWalk`, of so many columns."""
+        return _overlaid_strips(sizes, self.strip, columns, columns * sizes.gradient_row)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -311,6 +378,39 @@ def plan_backward(sizes: BackwardSizes, workspace_bytes: int) -> tuple[Walk, ...
         chunk = min(16, sizes.tokens)
         return _least(sizes, available, chunk)
     return min(found, key=lambda each: each[0])[1]
+
+
+@functools.lru_cache(maxsize=256)
+def plan_kept(sizes: BackwardSizes, workspace_bytes: int) -> WholeWalk | PrefixWalk | None:
+    """The walk where dC's memory holds kept logits of the first columns, or of all; None where the
+    workspace does not hold what that takes, and all must be recomputed.
+
+    Args:
+        sizes: with the columns whose logits are not kept as the vocabulary; if there are none, with
+            all columns.
+    """
+    available = _available(sizes, workspace_bytes)
+    if sizes.lent_row == 0:
+        return None
+    if sizes.known >= sizes.vocab:
+        for _, (walk,) in _whole_walk(sizes, available):
+            assert isinstance(walk, WholeWalk)
+            return walk
+        return None
+    # The sum of dE is there from the start.
+    sizes = sizes._replace(known=0, single_row=sizes.token_row)
+    found: list[tuple[int, TokenWalk]] = []
+    for borrow in (False, True) if sizes.can_borrow else (False,):
+        for price, walks in _token_walk(sizes, available, sizes.tokens, weight=True, borrow=borrow):
+            assert isinstance(walks[0], TokenWalk)
+            found.append((price, walks[0]))
+    if not found:
+        return None
+    _, rest = min(found, key=lambda each: each[0])
+    sums = sizes.tokens * sizes.token_row // (2 if rest.borrow else 1)
+    per_row = sizes.gradient_row + sizes.weight_row
+    strip = min(_fit(available - sums, per_row, 2 * _LAST_STRIPS, _STRIP_STEP), 2 * _LAST_STRIPS)
+    return PrefixWalk(strip, rest) if strip * per_row <= available - sums else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,14 @@
-"""keep_logits_bytes: logits kept from the forward pass give the gradients of recomputed ones.
+"""keep_logits_bytes, keep_logits_in_grad: logits kept from the forward pass give the gradients of
+recomputed ones.
 
 Legend: N tokens, V vocabulary rows, D hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -12,7 +16,7 @@ import pytest
 import torch
 
 import cce_tp
-from cce_tp import backward
+from cce_tp import backward, ops
 from cce_tp.backend import backend
 from cce_tp.problem import KeptLogits
 from cce_tp.workspace import TailWalk, TokenWalk
@@ -113,6 +117,165 @@ def test_sharded(pool: RankPool, impl: str) -> None:
     check_sharded(pool, problem, even_bounds(problem.vocab, 2), keep_logits_bytes=PLENTY)
 
 
+# Of dC's memory: all logits fit, with strips that free each other's or are copied; or some do.
+INSIDE = {
+    "all": {"tokens": (75,), "vocab": 703, "hidden": 200},
+    "all-just": {"tokens": (75,), "vocab": 703, "hidden": 82},
+    "half": {"tokens": (75,), "vocab": 1703, "hidden": 40},
+    "most": {"tokens": (75,), "vocab": 703, "hidden": 72},
+}
+
+
+@pytest.fixture
+def as_on_a_gpu() -> Iterator[None]:
+    """Where 16-bit products take their operands as they are."""
+    with ExitStack() as stack:
+        for module in (backward, ops):
+            stack.enter_context(mock.patch.object(module, "copies_operands", lambda _: False))
+        yield
+
+
+def in_grad(operands: Any, options: dict[str, Any]) -> tuple[Any, int]:
+    """The outcome, and how many columns' logits lay in dC's memory during the backward pass."""
+    columns: list[int] = []
+    run = backward._BackwardPass.run
+
+    def spy(self: Any, workspace_bytes: int) -> None:
+        run(self, workspace_bytes)
+        columns.append(0 if self.kept is None else self.kept.columns)
+
+    with mock.patch.object(backward._BackwardPass, "run", spy):
+        outcome = call(operands, {**options, "keep_logits_in_grad": True})
+    (count,) = columns
+    return outcome, count
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize("shape", INSIDE)
+@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_gradients_from_logits_in_the_memory_of_dC(
+    impl: str, dtype: torch.dtype, shape: str, name: str
+) -> None:
+    options = EVERYTHING if name == "everything" else {"reduction": "none"}
+    problem = Problem(impl=impl, dtype=dtype, bias=True, options=options, **INSIDE[shape])
+    operands = problem.build(DEVICE)
+    outcome, columns = in_grad(operands, {**options, "impl": impl})
+    assert columns == problem.vocab if shape.startswith("all") else 0 < columns < problem.vocab
+    native = dense(operands, options, dtype=dtype)
+    check_outcome(outcome, dense(operands, options), dtype, native=native)
+    plain = call(operands, {**options, "impl": impl})
+    # The statistics of some columns alone are merged in other pieces.
+    assert same_bits(outcome.loss, plain.loss) or not shape.startswith("all")
+    torch.testing.assert_close(outcome.loss, plain.loss)
+    assert relative_error(outcome.grad_weight, plain.grad_weight) < 5e-3
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize("shape", INSIDE)
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_the_gradient_is_the_memory_itself(impl: str, dtype: torch.dtype, shape: str) -> None:
+    """Not a copy, which would take as much again; and a second pass has memory of its own."""
+    operands = Problem(impl=impl, dtype=dtype, **INSIDE[shape]).build(DEVICE)
+    input = operands.input.clone().requires_grad_()
+    weight = operands.weight.clone().requires_grad_()
+    with mock.patch.object(KeptLogits, "inside", side_effect=KeptLogits.inside) as inside:
+        loss = cce_tp.linear_cross_entropy(
+            input, weight, operands.target, impl=impl, keep_logits_in_grad=True
+        )
+        (memory, *_), _ = inside.call_args
+    address = memory.data_ptr()
+    inside.reset_mock()
+    del memory
+    loss.backward(retain_graph=True)
+    assert weight.grad is not None and weight.grad.data_ptr() == address
+    first, weight.grad = weight.grad, None
+    before = first.clone()
+    loss.backward()
+    assert weight.grad is not None and weight.grad.data_ptr() != address
+    assert same_bits(first, before)
+    assert relative_error(weight.grad, first) < 5e-3
+    plain = call(operands, {"impl": impl})
+    # Recomputed, with the statistics of the first pass.
+    assert relative_error(weight.grad, plain.grad_weight) < 1e-3
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize("shape", ["all", "half"])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_gradient_in_fp32_has_room_for_twice_as_many(
+    impl: str, dtype: torch.dtype, shape: str
+) -> None:
+    problem = Problem(impl=impl, dtype=dtype, **INSIDE[shape])
+    operands = problem.build(DEVICE)
+    wide = replace(operands, weight=operands.weight.float())
+    _, columns = in_grad(operands, {"impl": impl})
+    with torch.autocast(DEVICE, dtype=dtype):
+        outcome, twice = in_grad(wide, {"impl": impl})
+    assert outcome.grad_weight.dtype == torch.float32
+    assert twice == problem.vocab if shape == "all" else twice >= 2 * columns > 0
+    expected = call(operands, {"impl": impl})
+    assert relative_error(outcome.grad_weight, expected.grad_weight.float()) < 5e-3
+    assert relative_error(outcome.grad_input, expected.grad_input) < 5e-3
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_no_logits_are_kept_where_the_workspace_is_too_small() -> None:
+    problem = Problem(dtype=torch.bfloat16, tokens=(2000,), vocab=703, hidden=300)
+    operands = problem.build(DEVICE)
+    options = {"workspace_bytes": 1 << 20}
+    outcome, columns = in_grad(operands, options)
+    assert columns == 0
+    assert same_bits(outcome.grad_weight, call(operands, options).grad_weight)
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize("shape", ["all", "half"])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_logits_are_forgotten_where_no_walk_fits(impl: str, dtype: torch.dtype, shape: str) -> None:
+    """The forward pass and the plan of the backward pass need not agree."""
+    operands = Problem(impl=impl, dtype=dtype, **INSIDE[shape]).build(DEVICE)
+    with mock.patch.object(backward, "plan_kept", return_value=None) as plan:
+        outcome, columns = in_grad(operands, {"impl": impl})
+    assert plan.called and columns == 0
+    expected = call(operands, {"impl": impl})
+    assert relative_error(outcome.grad_weight, expected.grad_weight) < 1e-3
+    assert relative_error(outcome.grad_input, expected.grad_input) < 1e-3
+
+
+@pytest.mark.parametrize("wants", [(True, False), (False, True), (False, False)], ids=str)
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_nothing_is_kept_in_a_gradient_that_is_not_both(wants: tuple[bool, bool]) -> None:
+    operands = Problem(dtype=torch.bfloat16, **INSIDE["all"]).build(DEVICE)
+    with mock.patch.object(KeptLogits, "inside") as inside:
+        outcome = call(operands, {"keep_logits_in_grad": True}, requires_grad=(*wants, False))
+    assert not inside.called
+    expected = call(operands, {}, requires_grad=(*wants, False))
+    for name in ("grad_input", "grad_weight"):
+        given, wanted = getattr(outcome, name), getattr(expected, name)
+        assert (given is None) == (wanted is None)
+        assert given is None or same_bits(given, wanted)
+
+
+def test_the_cpu_keeps_nothing() -> None:
+    operands = Problem(dtype=torch.bfloat16, **INSIDE["all"]).build("cpu")
+    outcome, columns = in_grad(operands, {})
+    assert columns == 0 and same_bits(outcome.grad_weight, call(operands, {}).grad_weight)
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize("shape", INSIDE)
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_infinities_show_in_the_memory_of_dC(impl: str, dtype: torch.dtype, shape: str) -> None:
+    operands = Problem(impl=impl, dtype=dtype, **INSIDE[shape]).build(DEVICE)
+    operands.weight[7] = torch.inf
+    exact, (kept, _) = call(operands, {"impl": impl}), in_grad(operands, {"impl": impl})
+    for name in ("loss", "grad_input", "grad_weight"):
+        expected = getattr(exact, name)
+        assert not bool(expected.isfinite().all())
+        assert torch.equal(getattr(kept, name).isnan(), expected.isnan()), name
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_infinities_show(impl: str) -> None:
     problem = Problem(impl=impl, dtype=torch.float16, options={"reduction": "none"})
@@ -147,9 +310,29 @@ def test_nothing_is_kept_without_gradients() -> None:
             "far-field",
             id="far-field",
         ),
+        pytest.param(
+            torch.bfloat16, {"keep_logits_bytes": 1, "keep_logits_in_grad": True}, "0", id="both"
+        ),
+        pytest.param(torch.bfloat16, {"keep_logits_in_grad": 1}, "True or False", id="not-bool"),
+        pytest.param(torch.float32, {"keep_logits_in_grad": True}, "16 bits", id="in-grad-fp32"),
+        pytest.param(
+            torch.bfloat16,
+            {"keep_logits_in_grad": True, "grad_filter": cce_tp.GradFilter.paper()},
+            "paper",
+            id="in-grad-paper",
+        ),
+        pytest.param(
+            torch.bfloat16,
+            {"keep_logits_in_grad": True, "grad_weight_out": torch.zeros(0)},
+            "False with grad_weight_out",
+            id="in-grad-out",
+        ),
     ],
 )
 def test_what_is_refused(dtype: torch.dtype, more: dict[str, Any], text: str) -> None:
     operands = Problem(dtype=dtype).build(DEVICE)
-    with pytest.raises(ValueError, match=rf"^keep_logits_bytes\b.*{text}"):
+    if "grad_weight_out" in more:
+        more = {**more, "grad_weight_out": torch.zeros_like(operands.weight)}
+    name = next(iter(more))
+    with pytest.raises(ValueError, match=rf"^{name}\b.*{text}"):
         cce_tp.linear_cross_entropy(operands.input, operands.weight, operands.target, **more)

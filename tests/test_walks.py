@@ -20,6 +20,7 @@ from cce_tp import backward, sharding, workspace
 from cce_tp.products import InputSum
 from cce_tp.workspace import (
     BackwardSizes,
+    PrefixWalk,
     StripWalk,
     TailWalk,
     TokenWalk,
@@ -175,6 +176,26 @@ def test_no_strip_of_a_whole_walk_overwrites_what_is_still_read(
         first_byte = vocab * (row - sizes.gradient_row) + read_later * sizes.gradient_row
         assert stop * row <= first_byte or read_later == vocab
     assert any(copied for *_, copied in strips)
+
+
+@pytest.mark.parametrize("ratio", [1.02, 2.0, 3.6])
+@pytest.mark.parametrize("weight_row", [0, 800])
+def test_no_strip_over_kept_logits_overwrites_what_is_still_read(
+    ratio: float, weight_row: int
+) -> None:
+    hidden = 512
+    sizes = sizes_of(round(ratio * hidden), hidden, 3000, weight_row=weight_row)
+    columns = int(20000 * sizes.lent_row / sizes.gradient_row) // 256 * 256
+    rest = TokenWalk(chunk=sizes.tokens, strip=256, weight=True)
+    strips = list(PrefixWalk(512, rest).strips(sizes, columns))
+    assert strips[0][0] == 0 and strips[-1][1] == columns
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(strips))
+    assert max(stop - start for start, stop, copied in strips if copied or weight_row) <= 512
+    for start, stop, copied in strips:
+        read_later = stop if copied else start  # a product also reads its own rows
+        assert stop * sizes.lent_row <= read_later * sizes.gradient_row
+    if not weight_row and ratio == 2.0:  # the first two are of the buffer's width, then doubled
+        assert [stop for _, stop, _ in strips[:4]] == [512, 1024, 2048, 4096]
 
 
 def test_a_whole_walk_copies_no_more_than_it_must() -> None:

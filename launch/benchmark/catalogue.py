@@ -96,6 +96,7 @@ class Options:
         workspace_mib: cap on temporaries in MiB; None: the library's default.
         keep_logits_mib: this library's exact filter keeps so many MiB of logits for the backward
             pass.
+        keep_logits_in_grad: it keeps as many as fit the memory of dC.
         forward_only: no backward pass.
 
     Raises:
@@ -110,6 +111,7 @@ class Options:
     grad_weight_out: bool = False
     workspace_mib: float | None = None
     keep_logits_mib: float = 0.0
+    keep_logits_in_grad: bool = False
     forward_only: bool = False
 
     def __post_init__(self) -> None:
@@ -130,11 +132,16 @@ class Options:
             raise ValueError(
                 f"--keep-logits-mib: expected a number >= 0, got {self.keep_logits_mib}"
             )
+        if self.keep_logits_in_grad and (self.keep_logits_mib > 0 or self.grad_weight_out):
+            raise ValueError(
+                "--keep-logits-in-grad: expected not to be set together with --keep-logits-mib or "
+                "--grad-weight-out, got both"
+            )
 
     def asked(self) -> tuple[str, ...]:
         """Names of the options an implementation must have; a cap binds only who has temporaries
         to cap, and a backward pass can be left out by anybody."""
-        free = ("forward_only", "workspace_mib", "keep_logits_mib")
+        free = ("forward_only", "workspace_mib", "keep_logits_mib", "keep_logits_in_grad")
         names = [name for name in self.__slots__ if name not in free]
         return tuple(name for name in names if getattr(self, name) not in (None, False, 0.0))
 

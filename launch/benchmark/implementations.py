@@ -122,7 +122,8 @@ def _ours(make_filter: Callable[[], GradFilter]) -> Callable[[Problem], Ours]:
     def build(problem: Problem) -> Ours:
         options = problem.options
         cap, chosen = options.workspace_mib, make_filter()
-        if options.keep_logits_mib > 0 and chosen.kind != "exact":
+        keeps = options.keep_logits_mib > 0 or options.keep_logits_in_grad
+        if keeps and chosen.kind != "exact":
             raise NotAvailable("logits are kept with the exact filter alone")
         try:
             loss = LinearCrossEntropyLoss(
@@ -134,6 +135,7 @@ def _ours(make_filter: Callable[[], GradFilter]) -> Callable[[Problem], Ours]:
                 return_stats=options.statistics,
                 workspace_bytes=None if cap is None else int(cap * 2**20),
                 keep_logits_bytes=int(options.keep_logits_mib * 2**20),
+                keep_logits_in_grad=options.keep_logits_in_grad,
             )
         except NotImplementedError as error:
             raise NotAvailable(str(error)) from error

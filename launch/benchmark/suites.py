@@ -80,6 +80,7 @@ def _options() -> list[Case]:
         Options(workspace_mib=16),
         Options(workspace_mib=1024),
         Options(keep_logits_mib=1024),
+        Options(keep_logits_in_grad=True),
         Options(forward_only=True),
     )
     cases = [Case(shape=_BASE, options=each, implementations=_OURS) for each in asked]
