@@ -409,7 +409,7 @@ def plan_kept(sizes: BackwardSizes, workspace_bytes: int) -> WholeWalk | PrefixW
     _, rest = min(found, key=lambda each: each[0])
     sums = sizes.tokens * sizes.token_row // (2 if rest.borrow else 1)
     per_row = sizes.gradient_row + sizes.weight_row
-    strip = min(_fit(available - sums, per_row, 2 * _LAST_STRIPS, _STRIP_STEP), 2 * _LAST_STRIPS)
+    strip = _fit(available - sums, per_row, _LAST_STRIPS, _STRIP_STEP)
     return PrefixWalk(strip, rest) if strip * per_row <= available - sums else None
 
 

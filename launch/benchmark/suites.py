@@ -138,15 +138,19 @@ SUITES = ("standard", "bars", "parallel", *_PARTS)
 def suite(name: str) -> list[Case]:
     """The cases of a suite.
 
-    "standard" is all parts, "bars" three shapes of this library alone, "parallel" for several
-    processes.
+    "standard" is all parts, "bars" three shapes of this library alone, without and with logits in
+    dC's memory, "parallel" for several processes.
 
     Raises:
         ValueError: no such suite.
     """
     if name == "bars":
-        cases = [Case(shape=Shape.of_model(each), name=each) for each in _BARS]
-        return [replace(case, suite=name, implementations=_OURS) for case in cases]
+        cases = []
+        for each in _BARS:
+            case = Case(shape=Shape.of_model(each), suite=name, name=each, implementations=_OURS)
+            kept = Options(keep_logits_in_grad=True)
+            cases += [case, replace(case, options=kept, implementations=_OURS[:1])]
+        return cases
     if name == "parallel":
         return _parallel()
     if name not in SUITES:
