@@ -485,7 +485,7 @@ class _BackwardPass:
                 strip_Vn = _columns_of(grad_VN, n0 + t0, n0 + t1)
                 add_product(part, strip_Vn.t(), self.logits.weight, accumulate=False)
             total.finish(self.unscale)
-            del total
+            del total, part  # before dC's temporaries are allocated
         self.sinks.input_done()
         self._weight_over(grad_VN, walk.strips(sizes), walk.strip)
 
