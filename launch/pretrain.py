@@ -8,8 +8,8 @@ torchrun --nproc-per-node 8 --nnodes 2 ... -m launch.pretrain --config configs/l
 The sections of the file are `env` (environment variables, set before PyTorch is loaded),
 `megatron` (Megatron's own argument names, written with underscores), `cce` (`loss`: stock,
 stock-native-fusion or cce; `grad_filter`, `far_field_budget`, `workspace_mb`, `keep_logits_mb`,
-`strict`, `capture`, `capture_after`, `interleave_ids`) and `run_dir`. The command line beats the
-file; an unknown key is an error. To resume, give `megatron.load`.
+`keep_logits_in_grad`, `strict`, `capture`, `capture_after`, `interleave_ids`) and `run_dir`. The
+command line beats the file; an unknown key is an error. To resume, give `megatron.load`.
 """
 
 from __future__ import annotations

@@ -23,6 +23,10 @@ class CceConfig:
             64 MiB.
         keep_logits_bytes: bytes of 16-bit logits that a head keeps for its backward pass, beside
             workspace_bytes, so that fewer are computed twice; with the exact filter. 0: none.
+        keep_logits_in_grad: a head in 16 bits keeps as many logits as fit the memory of dC, which
+            then lives from its forward pass to its backward pass and reaches `main_grad` through
+            autograd; with the exact filter, without keep_logits_bytes and Megatron's
+            gradient_accumulation_fusion.
         strict: materialising the logits of a head in training mode is a RuntimeError instead of
             one warning.
         capture_dir: folder where one micro batch is saved for `launch.benchmark run --snapshot`;
@@ -37,6 +41,7 @@ class CceConfig:
     grad_filter: GradFilter = GradFilter.exact()  # noqa: RUF009 (frozen)
     workspace_bytes: int | None = None
     keep_logits_bytes: int = 0
+    keep_logits_in_grad: bool = False
     strict: bool = False
     capture_dir: str | None = None
     capture_after: int = 0
@@ -62,6 +67,7 @@ class CceConfig:
                 "--cce-keep-logits-mb (keep_logits_bytes): expected 0 with "
                 f"--cce-grad-filter {self.grad_filter.kind}, got {kept!r}"
             )
+        self._check_keep_logits_in_grad()
         if self.capture_dir is not None and not (
             isinstance(self.capture_dir, str) and self.capture_dir
         ):
@@ -72,6 +78,20 @@ class CceConfig:
         if isinstance(count, bool) or not isinstance(count, int) or count < 0:
             raise ValueError(
                 f"--cce-capture-after (capture_after): expected an integer >= 0, got {count!r}"
+            )
+
+    def _check_keep_logits_in_grad(self) -> None:
+        inside, name = self.keep_logits_in_grad, "--cce-keep-logits-in-grad (keep_logits_in_grad)"
+        if not isinstance(inside, bool):
+            raise ValueError(f"{name}: expected True or False, got {inside!r}")
+        if inside and self.keep_logits_bytes > 0:
+            raise ValueError(
+                f"{name}: expected not to be set together with --cce-keep-logits-mb, got both: "
+                "each is a place for the same logits; drop one"
+            )
+        if inside and self.grad_filter.kind != "exact":
+            raise ValueError(
+                f"{name}: expected False with --cce-grad-filter {self.grad_filter.kind}, got True"
             )
 
     @classmethod
@@ -91,6 +111,7 @@ class CceConfig:
             ),
             workspace_bytes=None if megabytes is None else int(megabytes * _MIB),
             keep_logits_bytes=int((getattr(args, "cce_keep_logits_mb", None) or 0) * _MIB),
+            keep_logits_in_grad=getattr(args, "cce_keep_logits_in_grad", False),
             strict=getattr(args, "cce_strict", False),
             capture_dir=getattr(args, "cce_capture", None),
             capture_after=getattr(args, "cce_capture_after", 0),
@@ -176,6 +197,12 @@ def add_cce_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
         default=0.0,
         metavar="MIB",
         help="logits that a head keeps for its backward pass instead of computing them twice (0)",
+    )
+    group.add_argument(
+        "--cce-keep-logits-in-grad",
+        action="store_true",
+        help="keep as many as fit the memory of the output weight's gradient, which is then held "
+        "from a head's forward pass to its backward pass; needs --no-gradient-accumulation-fusion",
     )
     group.add_argument(
         "--cce-strict",

@@ -85,7 +85,14 @@ def fused_loss(
     labels_sb = labels.transpose(0, 1).contiguous()
     in_vocab = (labels_sb >= 0) & (labels_sb < shard.vocab_size)
     labels_sb = torch.where(in_vocab, labels_sb, _IGNORED)
-    weight, sink = weight_and_sink(call.weight, call.layer.gradient_accumulation_fusion)
+    # Kept logits have 16 bits: a head in fp32 goes without.
+    keeps = call.weight.dtype.itemsize == 2
+    inside = config.keep_logits_in_grad and keeps
+    if inside:
+        # They lie in a dC that is not yet written, not in sums: autograd carries it, as in stock.
+        weight, sink = call.weight, None
+    else:
+        weight, sink = weight_and_sink(call.weight, call.layer.gradient_accumulation_fusion)
     bias = None if call.layer.skip_bias_add else call.layer.bias
     options: dict[str, Any] = {
         "linear_bias": bias,
@@ -97,8 +104,8 @@ def fused_loss(
         "grad_weight_out": sink,
         "return_stats": return_stats,
         "workspace_bytes": config.workspace_bytes,
-        # Kept logits have 16 bits: a head in fp32 goes without.
-        "keep_logits_bytes": config.keep_logits_bytes if weight.dtype.itemsize == 2 else 0,
+        "keep_logits_bytes": config.keep_logits_bytes if keeps else 0,
+        "keep_logits_in_grad": inside,
     }
     result = linear_cross_entropy(call.input, weight, labels_sb, **options)
     loss, stats = result if return_stats else (result, None)

@@ -49,14 +49,14 @@ def install(model: Any, config: CceConfig | None = None) -> Any:
         `model`.
 
     Raises:
-        ValueError: an option of the model that excludes this loss, by name.
+        ValueError: an option of the model that excludes this loss or one of its options, by name.
     """
     config = CceConfig() if config is None else config
     if not isinstance(config, CceConfig):
         raise ValueError(f"config: expected a CceConfig or None, got {config!r}")
     owners = list(_owners(model))
     for owner in owners:
-        _refuse(owner)
+        _refuse(owner, config)
     for owner in owners:
         _install_one(owner, config)
     return model
@@ -150,11 +150,11 @@ def _states(model: Any) -> list[HeadState]:
     return [state for state in found if state is not None]
 
 
-def _refuse(owner: Any) -> None:
+def _refuse(owner: Any, options: CceConfig) -> None:
     layer, config = owner.output_layer, owner.config
 
-    def refuse(option: str, got: Any, why: str) -> None:
-        raise ValueError(f"{option}: expected not to be used with --cce, got {got!r}: {why}")
+    def refuse(option: str, got: Any, why: str, *, beside: str = "--cce") -> None:
+        raise ValueError(f"{option}: expected not to be used with {beside}, got {got!r}: {why}")
 
     if type(layer) is not ColumnParallelLinear:
         refuse(
@@ -179,6 +179,15 @@ def _refuse(owner: Any) -> None:
     logit_dtype = getattr(config, "logit_dtype", None)
     if logit_dtype is not None and logit_dtype != config.params_dtype:
         refuse("logit_dtype", logit_dtype, "there are no logits to have a dtype")
+    if options.keep_logits_in_grad and layer.gradient_accumulation_fusion:
+        refuse(
+            "gradient_accumulation_fusion",
+            True,
+            "it adds the output weight's gradient to main_grad, so that there is none to hold "
+            "logits; set --no-gradient-accumulation-fusion, or keep them beside it with "
+            "--cce-keep-logits-mb",
+            beside="--cce-keep-logits-in-grad",
+        )
 
 
 def _weights(owner: Any) -> list[Any]:

@@ -17,7 +17,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import pytest
@@ -30,6 +30,7 @@ from megatron_models import MCORE, Batch, Case, batch_of, build
 needs_0_19 = pytest.mark.skipif(MCORE < (0, 19), reason="not in this release of megatron-core")
 
 _pool: ranks.RankPool | None = None
+_T = TypeVar("_T")
 
 
 def run_ranks(
@@ -124,7 +125,7 @@ def model_parallel(
         parallel_state.destroy_model_parallel()
 
 
-def share(cases: Sequence[Case]) -> list[Case]:
+def share(cases: Sequence[_T]) -> list[_T]:
     """This replica's part of the cases."""
     from megatron.core import parallel_state as state
 

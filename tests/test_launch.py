@@ -14,6 +14,7 @@ from launch import pretrain as entry
 from launch.training import checkpoint, settings, text
 from launch.training.report import draw
 from launch_runs import CONFIGS, ROOT, pretrain, torchrun
+from megatron_integration import CceConfig
 
 pytestmark = pytest.mark.no_poison
 TINY = ROOT / "configs" / "tiny_cpu.yaml"
@@ -64,6 +65,7 @@ def test_flag_beats_file() -> None:
         ("cce.grad_filter=near", r"^cce\.grad_filter: expected one of exact, .*got 'near'"),
         ("cce.far_field_budget=0.1", r"cce\.far_field_budget: expected only with cce\.grad_filter"),
         ("cce.workspace_mb=0.5", r"cce\.workspace_mb .*: expected at least 1 MiB, got 0\.5 MiB"),
+        ("cce.keep_logits_in_grad=some", r"cce\.keep_logits_in_grad"),
         ("cce.loss=fast", r"cce\.loss: expected one of stock.*got 'fast'"),
         ("megatron.train_iters=many", r"megatron\.train_iters"),
         ("megatron.context_parallel_size=3", r"seq_length: expected a multiple of .* 6, got 128"),
@@ -85,6 +87,14 @@ def test_far_field_budget() -> None:
     assert settings.cce_config(run).grad_filter == GradFilter.far_field(0.02)
     with pytest.raises(ValueError, match=r"^cce\.far_field_budget: expected a number in \[0, 1\)"):
         settings.load(TINY, ["cce.grad_filter=far-field", "cce.far_field_budget=1"])
+
+
+def test_kept_logits() -> None:
+    run = settings.load(TINY, ["cce.keep_logits_in_grad=true"])
+    assert settings.cce_config(run) == CceConfig(keep_logits_in_grad=True)
+    both = ["cce.keep_logits_in_grad=true", "cce.keep_logits_mb=1"]
+    with pytest.raises(ValueError, match=r"^cce\.keep_logits_in_grad .*cce\.keep_logits_mb, got b"):
+        settings.load(TINY, both)
 
 
 def test_missing_file_is_refused() -> None:

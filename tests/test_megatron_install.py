@@ -146,6 +146,37 @@ def test_what_cannot_work_is_refused() -> None:
     assert_nothing(run_ranks(_refusals))
 
 
+def _no_gradient_for_logits(rank: Any) -> list[str]:
+    from megatron_integration import CceConfig, install
+
+    wrong = []
+    with model_parallel(tp=2):
+        chunks = [build(Case()), build(Case(config={"gradient_accumulation_fusion": True}))]
+        options = CceConfig(keep_logits_in_grad=True)
+        try:
+            install(chunks, options)
+            wrong.append(f"rank {rank.rank}: not refused")
+        except ValueError as error:
+            for flag in (
+                "gradient_accumulation_fusion: ",
+                "--cce-keep-logits-in-grad, got True",
+                "--no-gradient-accumulation-fusion",
+                "--cce-keep-logits-mb",
+            ):
+                if flag not in str(error):
+                    wrong.append(f"rank {rank.rank}: {flag} is not named: {error}")
+        if "forward" in chunks[0].output_layer.__dict__:
+            wrong.append(f"rank {rank.rank}: half installed")
+        install(chunks[0], options)
+        install(chunks, CceConfig(keep_logits_bytes=1))
+    return wrong
+
+
+def test_logits_in_a_gradient_that_there_is_not_are_refused() -> None:
+    """Check 23: with gradient_accumulation_fusion the option would do nothing."""
+    assert_nothing(run_ranks(_no_gradient_for_logits))
+
+
 def _life_cycle(rank: Any) -> list[str]:
     from megatron_integration import fused_count, install, uninstall
 
@@ -287,9 +318,40 @@ def test_far_field_arguments() -> None:
             config("--cce-grad-filter", name, "--cce-far-field-budget", "0.1")
 
 
+def test_keep_logits_arguments() -> None:
+    """Where logits are kept, and that they are kept in one place and with the exact filter."""
+    from cce_tp import GradFilter
+    from megatron_integration import CceConfig, add_cce_arguments
+
+    parser = add_cce_arguments(_parser())
+
+    def config(*words: str) -> CceConfig:
+        return CceConfig.from_args(parser.parse_args(["--cce", *words]))
+
+    inside, beside = "--cce-keep-logits-in-grad", ("--cce-keep-logits-mb", "0.5")
+    assert config(*beside) == CceConfig(keep_logits_bytes=2**19)
+    assert config(inside) == CceConfig(keep_logits_in_grad=True)
+    with pytest.raises(ValueError, match=rf"^{inside} .*--cce-keep-logits-mb, got both"):
+        config(inside, *beside)
+    for name in ("paper", "far-field"):
+        with pytest.raises(ValueError, match=rf"^{inside} .*--cce-grad-filter {name}, got True"):
+            config(inside, "--cce-grad-filter", name)
+        with pytest.raises(ValueError, match=rf"^{beside[0]} .*--cce-grad-filter {name}, got 5"):
+            config(*beside, "--cce-grad-filter", name)
+    with pytest.raises(ValueError, match=rf"^{inside} .*: expected True or False, got 1"):
+        CceConfig(keep_logits_in_grad=1)  # type: ignore[arg-type]
+    assert not CceConfig(grad_filter=GradFilter.paper()).keep_logits_in_grad
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("grad_filter", "exact"), ("workspace_bytes", 1.5), ("workspace_bytes", 0)],
+    [
+        ("grad_filter", "exact"),
+        ("workspace_bytes", 1.5),
+        ("workspace_bytes", 0),
+        ("keep_logits_bytes", -1),
+        ("keep_logits_bytes", True),
+    ],
 )
 def test_config_refuses(field: str, value: Any) -> None:
     """A ValueError that names the field."""

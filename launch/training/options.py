@@ -103,8 +103,8 @@ class LossOptions:
 
     Attributes:
         loss: stock, stock-native-fusion or cce.
-        grad_filter, far_field_budget, workspace_mb, keep_logits_mb, strict, capture, capture_after:
-            as the flags `--cce-...`.
+        grad_filter, far_field_budget, workspace_mb, keep_logits_mb, keep_logits_in_grad, strict,
+        capture, capture_after: as the flags `--cce-...`.
         interleave_ids: give rank r of W = tensor_model_parallel_size the ids r, r + W, ..., with
             any of the losses. Tokens and labels of each batch are renumbered, so that the rows of
             embedding and output layer stand for other ids; a checkpoint says so.
@@ -115,6 +115,7 @@ class LossOptions:
     far_field_budget: float | None = None
     workspace_mb: float | None = None
     keep_logits_mb: float = 0.0
+    keep_logits_in_grad: bool = False
     strict: bool = False
     capture: str | None = None
     capture_after: int = 0
