@@ -110,10 +110,13 @@ def grad_kept_kernel(
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     TILE: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """out (V, N): G^T of V kept columns from `start` on; tile_max (tiles, N) of all of them."""
+    """out (V, N): G^T of V kept columns from `start` on; tile_max (tiles, N) of all of them.
+
+    out may be the memory of the kept logits. ONE_TILE: the columns of a block are of one tile."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     col = (tl.program_id(0) // blocks_n) * BLOCK_V
     rows = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -121,10 +124,15 @@ def grad_kept_kernel(
     mask = (cols < V)[:, None] & (rows < N)[None, :]
     at = cols[:, None].to(tl.int64) * stride_below + rows[None, :]
     below = tl.load(below_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tiles = ((start + cols) // TILE).to(tl.int64)
-    tile_max = tl.load(tile_max_ptr + tiles[:, None] * N + rows[None, :], mask=mask, other=0.0)
+    if ONE_TILE:
+        first = tile_max_ptr + ((start + col) // TILE).to(tl.int64) * N
+        x = tl.trans(below) + tl.load(first + rows, mask=rows < N, other=0.0)[:, None]
+    else:
+        tiles = ((start + cols) // TILE).to(tl.int64)
+        tile_max = tl.load(tile_max_ptr + tiles[:, None] * N + rows[None, :], mask=mask, other=0.0)
+        x = tl.trans(below + tile_max)
     g, grad = gradient_of(
-        tl.trans(below + tile_max), rows, col, target_ptr, grad_ptr, max_ptr, log_sum_ptr, N, V,
+        x, rows, col, target_ptr, grad_ptr, max_ptr, log_sum_ptr, N, V,
         first_id, logit_softcap, z_loss, onehot_weight, uniform_weight,
         BLOCK_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP,
     )  # fmt: skip
@@ -389,6 +397,7 @@ def _grad_kept(
         stride_out=strides[1],
         start=start,
         TILE=tile,
+        ONE_TILE=tile % block_v == 0 and start % block_v == 0,
         BLOCK_N=block_n,
         BLOCK_V=block_v,
         num_warps=8,
