@@ -15,7 +15,11 @@ if not torch.cuda.is_available():
 os.environ.pop("CCE_TP_DEBUG", None)
 
 import ranks
+from interpreter import patch_once
 from poison import poisoned_empty
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_once()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -39,12 +39,15 @@ class Usage:
 
 
 def _events(nodes: list[Any]) -> Iterator[tuple[int, int]]:
+    """(time, bytes) of every allocation, in no order."""
     from torch._C._profiler import _EventType
 
-    for node in nodes:
-        if node.tag == _EventType.Allocation:
+    allocation, open_nodes = _EventType.Allocation, list(nodes)
+    while open_nodes:  # hundreds of thousands: a recursion takes twice as long
+        node = open_nodes.pop()
+        if node.tag == allocation:
             yield node.start_time_ns, node.extra_fields.alloc_size
-        yield from _events(node.children)
+        open_nodes += node.children
 
 
 def measure(call: Callable[[], Any]) -> Usage:

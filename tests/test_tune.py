@@ -123,7 +123,7 @@ def _tuner(times: dict[int, float]) -> tune.Tuner:
         assert tuning._forced is not None
         return times[tuning._forced.block_n]
 
-    return tune.Tuner(Shape(70, 24, 150), torch.float32, CPU, time_ms)
+    return tune.Tuner(Shape(40, 24, 100), torch.float32, CPU, time_ms)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
