@@ -14,6 +14,8 @@
 #
 #   CCE_TP_TEST_WORKERS   test processes in a run without pytest arguments
 #                         (default: one per core, at most 4; 0: no extra process)
+#   CCE_TP_TEST_ONCE      "elsewhere": skip the tests marked `once`, which take long and show what
+#                         hardly depends on the interpreter and the packages (default: run them)
 set -u -o pipefail
 
 cd "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 1

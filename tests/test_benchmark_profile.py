@@ -13,7 +13,7 @@ from launch.benchmark import profiling, tables
 from launch.benchmark.profiling import Gap, Span, Window
 from launch_runs import torchrun
 
-pytestmark = pytest.mark.no_poison
+pytestmark = [pytest.mark.no_poison, pytest.mark.once]
 
 _MARK = "at::cuda::(anonymous namespace)::spin_kernel(long)"
 

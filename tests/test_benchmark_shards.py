@@ -22,7 +22,7 @@ from launch.benchmark.played import PlayedGroup
 from launch.interleaving import Interleaving
 from ranks import Rank, RankPool
 
-pytestmark = pytest.mark.no_poison
+pytestmark = [pytest.mark.no_poison, pytest.mark.once]
 
 RANKS = 3
 SHAPE = Shape(64, 16, 2303)  # uneven, with several tiles to a rank

@@ -12,7 +12,7 @@ from launch import compare
 from launch.compare import Attempt
 from launch_runs import ROOT, python_path
 
-pytestmark = pytest.mark.no_poison
+pytestmark = [pytest.mark.no_poison, pytest.mark.once]
 
 
 def made_up(fixed_mib: float, per_sequence_mib: float, room_mib: float) -> Any:

@@ -13,7 +13,7 @@ import endurance
 from launch_runs import ROOT, python_path, run_to_end
 from test_topology import environment
 
-pytestmark = pytest.mark.no_poison
+pytestmark = [pytest.mark.no_poison, pytest.mark.once]
 
 
 def run(*arguments: str) -> str:

@@ -374,6 +374,7 @@ def test_a_head_that_says_nothing_yet(impl: str, scale: float) -> None:
     assert float((outcome.grad_input - expected.grad_input).abs().max()) <= 2e-3 * scale
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("heavy", [0.1, 12.0], ids=["fewer-kept", "more-kept"])
 @pytest.mark.parametrize("into", [False, True], ids=["own", "accumulated"])
@@ -525,6 +526,7 @@ WALKS: dict[str, tuple[Walk, ...]] = {
 }
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", WALKS)
 def test_each_walk(impl: str, name: str) -> None:

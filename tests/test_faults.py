@@ -17,7 +17,7 @@ import fault_runs
 from fault_runs import ITERATIONS, SMALL, losses
 from launch_runs import ROOT, python_path, run_to_end, torchrun
 
-pytestmark = pytest.mark.no_poison
+pytestmark = [pytest.mark.no_poison, pytest.mark.once]
 KILL_AT = 5
 
 

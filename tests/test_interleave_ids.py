@@ -22,7 +22,7 @@ from launch.training import files, settings
 from launch.training.data import Interleaved
 from launch_runs import torchrun
 
-pytestmark = [pytest.mark.no_poison, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.no_poison, pytest.mark.once, pytest.mark.timeout(600)]
 IDS = Interleaving(768, 2)
 
 

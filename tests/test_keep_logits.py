@@ -80,6 +80,7 @@ def test_strips_across_the_edge_and_token_chunks(impl: str, dtype: torch.dtype) 
         assert relative_error(outcome.grad_input, expected.grad_input) < 5e-3
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 @pytest.mark.parametrize("columns", [64, 384], ids=["before-the-tail", "into-the-tail"])
 @pytest.mark.parametrize("borrow", [False, True])
@@ -150,6 +151,7 @@ def in_grad(operands: Any, options: dict[str, Any]) -> tuple[Any, int]:
     return outcome, count
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 @pytest.mark.parametrize("shape", INSIDE)
 @pytest.mark.parametrize("name", ["plain", "everything"])
@@ -171,6 +173,7 @@ def test_gradients_from_logits_in_the_memory_of_dC(
     assert relative_error(outcome.grad_weight, plain.grad_weight) < 5e-3
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 @pytest.mark.parametrize("shape", INSIDE)
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -200,6 +203,7 @@ def test_the_gradient_is_the_memory_itself(impl: str, dtype: torch.dtype, shape:
     assert relative_error(weight.grad, plain.grad_weight) < 1e-3
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 @pytest.mark.parametrize("shape", ["all", "half"])
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -263,6 +267,7 @@ def test_the_cpu_keeps_nothing() -> None:
     assert columns == 0 and same_bits(outcome.grad_weight, call(operands, {}).grad_weight)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 @pytest.mark.parametrize("shape", INSIDE)
 @pytest.mark.usefixtures("as_on_a_gpu")

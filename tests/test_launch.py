@@ -195,6 +195,7 @@ def test_fused_equals_stock_and_resume_equals_uninterrupted(folder: Path) -> Non
     assert {"loss", "lr", "grad_norm", "tokens_per_s", "peak_mib"} <= resumed[0].keys()
 
 
+@pytest.mark.once
 @pytest.mark.timeout(600)
 def test_every_configuration_trains_at_reduced_size(folder: Path) -> None:
     out = folder / "reduced"

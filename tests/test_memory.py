@@ -19,6 +19,8 @@ import cce_tp
 from ranks import Rank, RankPool
 from variants import IMPLS
 
+pytestmark = pytest.mark.once
+
 MIB = 1 << 20
 # The default workspace of cuBLAS, which a product may take from torch's allocator; it is not the
 # loss's to cap. Seen on an H100: two plans for 16 MiB came out 8.1 MiB above what they sum up to.

@@ -201,6 +201,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, **own, **more}
 
 
+@pytest.mark.once
 @pytest.mark.timeout(200)
 def test_two_agents_as_two_nodes(tmp_path: Path) -> None:
     """Two torchruns that find each other, each with one rank; a group that spans nodes is named."""

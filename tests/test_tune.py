@@ -16,6 +16,8 @@ from cce_tp.kernels.tuning import TileConfig
 from launch import tune
 from launch.benchmark.catalogue import Shape
 
+pytestmark = pytest.mark.once
+
 SHIPPED = tuning.tile_config(90, 2)
 OTHER = replace(SHIPPED, block_v=128, num_warps=4)
 NAME = "NVIDIA H100, capability 90, 2 bytes, versions"

@@ -79,6 +79,7 @@ def with_and_without_bias(found: list[Any]) -> list[Any]:
     return both
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "impl", "dtype", "bias"), with_and_without_bias(cases(WALKS, narrow_sums=False))
 )
@@ -92,6 +93,7 @@ def test_each_walk(name: str, impl: str, dtype: torch.dtype, bias: bool) -> None
         check(problem, DEVICE)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 @pytest.mark.parametrize("name", ["tail", "tail-and-borrowed"])
 def test_a_sum_held_in_the_tail(name: str, impl: str, dtype: torch.dtype) -> None:
@@ -104,6 +106,7 @@ def test_a_sum_held_in_the_tail(name: str, impl: str, dtype: torch.dtype) -> Non
         check(problem, DEVICE)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "impl", "dtype"),
     cases(sorted(_SUMS_OVER_CHUNKS | {"strips", "borrowed"}), narrow_sums=True),
