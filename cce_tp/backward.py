@@ -505,7 +505,7 @@ class _BackwardPass:
             part = rows_of(grad_VN, start, stop)
             if copied:
                 if buffer is None:
-                    buffer = self._buffer(width, num_tokens)
+                    buffer = self._buffer(min(width, grad_VN.shape[0]), num_tokens)
                 part = buffer[: stop - start, :num_tokens].copy_(part)
             strip = _Strip(start, stop, None)
             self._add_weight(grad_weight, strip, part, self.logits.input, None, accumulate=False)

@@ -98,8 +98,8 @@ def _budget(workspace_bytes: int | None, logits: LocalLogits, vocab_size: int) -
 class _MemoryHint:
     """Lets an error about memory say which option lowers it."""
 
-    def __init__(self, workspace_bytes: int | None) -> None:
-        self._workspace_bytes = workspace_bytes
+    def __init__(self, workspace_bytes: int | None, *, keeps: bool = False) -> None:
+        self._workspace_bytes, self._keeps = workspace_bytes, keeps
 
     def __enter__(self) -> None:
         pass
@@ -109,8 +109,10 @@ class _MemoryHint:
             return
         given = self._workspace_bytes
         now = "its default" if given is None else f"{given} bytes"
+        kept = " beside the logits that keep_logits_bytes or keep_logits_in_grad keeps"
         raise torch.OutOfMemoryError(
-            f"workspace_bytes: expected memory for the loss's workspace, got none at {now}; a "
+            "workspace_bytes: expected memory for the loss's workspace"
+            f"{kept if self._keeps else ''}, got none at {now}; a "
             "lower workspace_bytes (Megatron: --cce-workspace-mb; launch.pretrain: "
             f"cce.workspace_mb) takes less, and longer; 16 MiB are enough for GradFilter.exact(). "
             f"{error}"
@@ -150,7 +152,8 @@ def _loss(*arguments: Any) -> _LossOutputs:
     shard, agreed, numbers, workspace_bytes, impl = rest
     rows = StatRows(*flags)
     chosen = backend(impl)
-    with _MemoryHint(workspace_bytes):
+    keeps = keep_logits_bytes > 0 or lent_dtype != NOT_WANTED
+    with _MemoryHint(workspace_bytes, keeps=keeps):
         if group:
             offer = sharding.Agreement(
                 shard=tuple(shard),

@@ -95,7 +95,8 @@ def columns_in_grad(
     workspace_bytes: int,
 ) -> int:
     """How many columns' 16-bit logits the memory of dC is to hold: all, or as many whole tiles as
-    fit; none where the workspace would not hold the sum of dE that some of them ask for.
+    fit; none where the workspace would not hold the sum of dE that some of them ask for, taken to
+    be in fp32 beside a dE in 16 bits.
 
     Args:
         num_tokens: N.
@@ -288,7 +289,7 @@ def _overlaid_strips(
         free = min(free - free % 16, left)
         # They make a strip if they are many, or if the buffer then holds what is left.
         enough = free >= buffer or left - free <= buffer
-        copied = left <= buffer or not enough
+        copied = free < left and (left <= buffer or not enough)
         width = buffer if copied else free
         if sizes.weight_row:  # the product has a temporary, as wide as the strip
             width = min(width, buffer)

@@ -88,6 +88,7 @@ def fused_loss(
     # Kept logits have 16 bits: a head in fp32 goes without.
     keeps = call.weight.dtype.itemsize == 2
     inside = config.keep_logits_in_grad and keeps
+    inside = inside and call.input.requires_grad and call.weight.requires_grad
     if inside:
         # They lie in a dC that is not yet written, not in sums: autograd carries it, as in stock.
         weight, sink = call.weight, None

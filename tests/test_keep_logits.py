@@ -203,7 +203,6 @@ def test_the_gradient_is_the_memory_itself(impl: str, dtype: torch.dtype, shape:
     assert relative_error(weight.grad, plain.grad_weight) < 1e-3
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 @pytest.mark.parametrize("shape", ["all", "half"])
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -259,6 +258,25 @@ def test_nothing_is_kept_in_a_gradient_that_is_not_both(wants: tuple[bool, bool]
         given, wanted = getattr(outcome, name), getattr(expected, name)
         assert (given is None) == (wanted is None)
         assert given is None or same_bits(given, wanted)
+
+
+@pytest.mark.parametrize("shape", ["all", "half"])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_compiled_code_keeps_nothing(shape: str) -> None:
+    operands = Problem(dtype=torch.bfloat16, **INSIDE[shape]).build(DEVICE)
+    input, weight = operands.input.clone(), operands.weight.clone()
+
+    def function(input: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return cce_tp.linear_cross_entropy(input, weight, operands.target, keep_logits_in_grad=True)
+
+    given = [each.requires_grad_() for each in (input, weight)]
+    with mock.patch.object(KeptLogits, "inside") as inside:
+        loss = torch.compile(function, backend="aot_eager", fullgraph=True)(input, weight)
+        found = torch.autograd.grad(loss, given)
+    assert not inside.called
+    expected = call(operands, {})
+    for gradient, wanted in zip(found, (expected.grad_input, expected.grad_weight), strict=True):
+        assert relative_error(gradient, wanted) < 1e-3
 
 
 def test_the_cpu_keeps_nothing() -> None:

@@ -82,6 +82,18 @@ def test_no_memory_for_the_workspace_names_the_option() -> None:
             assert said in str(e.value) and "Tried to allocate 3.00 GiB" in str(e.value)
 
 
+def test_no_memory_names_kept_logits_where_there_are_any() -> None:
+    operands = Problem(dtype=torch.bfloat16, impl="torch").build(DEVICE)
+    error = torch.OutOfMemoryError("Tried to allocate 3.00 GiB")
+    for option in ({"keep_logits_bytes": 1 << 20}, {"keep_logits_in_grad": True}, {}):
+        with (
+            mock.patch("cce_tp.ops._with_all_tokens", side_effect=error),
+            pytest.raises(torch.OutOfMemoryError, match=r"^workspace_bytes: ") as caught,
+        ):
+            call(operands, {"impl": "torch", **option})
+        assert ("keep_logits_in_grad" in str(caught.value)) == bool(option)
+
+
 @pytest.mark.gpu
 def test_no_memory_on_the_device_names_the_option() -> None:
     # dE alone: there is no dC to lend G its memory, so that the workspace takes most of a GiB.
