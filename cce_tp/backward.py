@@ -170,11 +170,9 @@ class _BackwardPass:
         eps: float | None,
         state: FarField | None,
         kept: KeptLogits | None,
-        kept_inside: bool,
     ) -> None:
         self.backend = backend
         self.kept = kept
-        self.kept_inside = kept_inside
         self.logits = logits
         self.sinks = sinks
         self.eps = eps
@@ -215,7 +213,8 @@ class _BackwardPass:
 
     def run(self, workspace_bytes: int) -> None:
         self.piece_bytes = min(_PIECE_BYTES, workspace_bytes // 8)
-        if self.kept_inside and self._walk_over_kept(workspace_bytes):
+        kept = self.kept
+        if kept is not None and kept.in_grad and self._walk_over_kept(kept, workspace_bytes):
             return
         if self.far is None:
             self._walk_all(workspace_bytes)
@@ -271,25 +270,18 @@ class _BackwardPass:
         del logits  # gathered rows, before the temporary of dC is made
         return _Head(plan.columns, total, self._weight_part(grad_VN, self.logits.input, None))
 
-    def _walk_over_kept(self, workspace_bytes: int) -> bool:
+    def _walk_over_kept(self, kept: KeptLogits, workspace_bytes: int) -> bool:
         """Walk from the logits in dC's memory on; or forget them, where the workspace is too small
         for that."""
-        kept, grad_input, grad_weight = self.kept, self.sinks.input, self.sinks.weight
-        if kept is None:
-            return False
-        sizes = walk = None
-        if grad_input is not None and grad_weight is not None:
-            some = kept.columns < self.columns.count
-            sizes = self._sizes(taken=kept.columns if some else 0)
-            walk = plan_kept(sizes, workspace_bytes)
-        if isinstance(walk, WholeWalk):
-            assert sizes is not None
-            self._whole_walk(walk, sizes)
-        elif walk is not None:
-            assert sizes is not None
-            self._token_walk(walk.rest, sizes, self._prefix(kept, walk, sizes))
-        else:
+        some = kept.columns < self.columns.count
+        sizes = self._sizes(taken=kept.columns if some else 0)
+        walk = plan_kept(sizes, workspace_bytes)
+        if walk is None:
             self.kept = None
+        elif isinstance(walk, WholeWalk):
+            self._whole_walk(walk, sizes)
+        else:
+            self._token_walk(walk.rest, sizes, self._prefix(kept, walk, sizes))
         return walk is not None
 
     def _prefix(self, kept: KeptLogits, walk: PrefixWalk, sizes: BackwardSizes) -> _Head:
@@ -748,7 +740,6 @@ def gradients(
     eps: float | None,
     far: FarField | None,
     kept: KeptLogits | None,
-    kept_inside: bool,
     workspace_bytes: int,
 ) -> None:
     """Write this rank's gradients into `sinks`.
@@ -760,14 +751,13 @@ def gradients(
         sinks: outputs; every element of a wanted one is written.
         eps: threshold of the paper's filter, or None.
         far: what the forward pass left for the far field, or None.
-        kept: logits that it kept, or None.
-        kept_inside: it kept them in the memory of `sinks.weight`.
+        kept: logits that it kept, or None; those in dC's memory are in that of `sinks.weight`, and
+            both dE and dC are wanted.
         workspace_bytes: cap on temporaries beyond the gradients.
     """
     num_tokens, vocab, _ = logits.shape
     if num_tokens > 0 and vocab > 0:
-        made = _BackwardPass(backend, logits, upstream, sinks, eps, far, kept, kept_inside)
-        made.run(workspace_bytes)
+        _BackwardPass(backend, logits, upstream, sinks, eps, far, kept).run(workspace_bytes)
         return
     if sinks.input is not None:
         sinks.input.zero_()

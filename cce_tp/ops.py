@@ -298,7 +298,6 @@ def _gradients(*arguments: Any) -> _Gradients:
                 eps=eps,
                 far=ordered,
                 kept=kept,
-                kept_inside=lent,
                 workspace_bytes=budget,
             )
         if grad_bias is not None and bias_sum is not None:

@@ -97,11 +97,13 @@ class KeptLogits(NamedTuple):
             Eleven bits serve better than bf16's eight: what is near the maximum is small.
         tile_max: (tiles, N) fp32 those maxima.
         tile: columns per tile.
+        in_grad: below_max lies in the memory of dC.
     """
 
     below_max: Tensor
     tile_max: Tensor
     tile: int
+    in_grad: bool = False
 
     @classmethod
     def empty(cls, logits: LocalLogits, tile: int, keep_bytes: int) -> KeptLogits | None:
@@ -131,7 +133,8 @@ class KeptLogits(NamedTuple):
         if columns == vocab:
             first = grad_weight.nbytes - vocab * pitch * 2
         shape = (columns, num_tokens)
-        return cls(memory_of(grad_weight, first, shape, torch.float16, pitch), tile_max, tile)
+        below_max = memory_of(grad_weight, first, shape, torch.float16, pitch)
+        return cls(below_max, tile_max, tile, in_grad=True)
 
     @property
     def columns(self) -> int:
