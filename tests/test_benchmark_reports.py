@@ -167,7 +167,10 @@ def test_suite_of_several_ranks(processes: int, sizes: list[tuple[int, bool]]) -
     cases = command.cases(args, None, processes)
     assert len({case.shape for case in cases}) == 3
     for shape in {case.shape for case in cases}:
-        found = [(c.ranks, c.sequence_parallel) for c in cases if c.shape == shape]
+        here = [case for case in cases if case.shape == shape]
+        found = [(c.ranks, c.sequence_parallel) for c in here if not c.options.changed()]
+        kept = [(c.ranks, c.sequence_parallel) for c in here if c.options.keep_logits_in_grad]
+        assert kept == found
         assert found[: len(sizes)] == sizes and len(found) == (3 if processes == 6 else len(sizes))
 
 

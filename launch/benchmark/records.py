@@ -208,11 +208,16 @@ def case_label(record: Record) -> str:
         words.append("rows of rank {} of {}".format(*record["shard"]))
     if played_ids(record):
         words.append(f"{played_ids(record)} ids in a group")
-    for name, value in record["options"].items():
-        words.append(name if value is True else f"{name}={value:g}")
+    words += option_words(record)
     if record["ranks"]:
         words.append(ranks_label(record))
     return ", ".join(words)
+
+
+def option_words(record: Record) -> list[str]:
+    """The options that were asked for, such as "softcap=30"."""
+    options = record["options"].items()
+    return [name if value is True else f"{name}={value:g}" for name, value in options]
 
 
 def ranks_label(record: Record) -> str:

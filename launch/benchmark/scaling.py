@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launch.benchmark.records import Record, case_key, ranks_label
+from launch.benchmark.records import Record, case_key, option_words, ranks_label
 
 _HEADERS = (
     *("shape", "implementation", "ranks", "forward ms", "of 1/W", "forward + backward ms"),
@@ -68,7 +68,7 @@ def _row(record: Record, every: Sequence[Record]) -> list[str]:
     shape, ranks = record["shape"], record["ranks"] or {}
     cells = [
         f"{shape['tokens']} x {shape['hidden']} x {shape['vocab']}",
-        record["implementation"],
+        ", ".join([record["implementation"], *option_words(record)]),
         ranks_label(record),
     ]
     for key in ("forward", "both"):

@@ -107,18 +107,25 @@ def _parallel() -> list[Case]:
     models = [(name, Shape.of_model(name)) for name in ("llama3-8b", "gemma2-2b")]
     models.insert(0, ("llama3-70b", Shape(DEFAULT_TOKENS, 8192, 128256)))
     kinds = [(ranks, parts) for ranks in (1, 2, 4, 8) for parts in (False, True)[:ranks]]
-    return [
-        Case(
-            shape=shape,
-            name=name,
-            suite="parallel",
-            ranks=ranks,
-            sequence_parallel=parts,
-            implementations=_SHARDED,
-        )
-        for name, shape in models
-        for ranks, parts in kinds
-    ]
+    cases = []
+    for name, shape in models:
+        for ranks, parts in kinds:
+            case = Case(
+                shape=shape,
+                name=name,
+                suite="parallel",
+                ranks=ranks,
+                sequence_parallel=parts,
+                implementations=_SHARDED,
+            )
+            cases += [case, _kept_in_grad(case)]
+    return cases
+
+
+def _kept_in_grad(case: Case) -> Case:
+    """The same for the exact path with logits in dC's memory."""
+    kept = Options(keep_logits_in_grad=True)
+    return replace(case, options=kept, implementations=_OURS[:1])
 
 
 _PARTS: dict[str, Callable[[], list[Case]]] = {
@@ -148,8 +155,7 @@ def suite(name: str) -> list[Case]:
         cases = []
         for each in _BARS:
             case = Case(shape=Shape.of_model(each), suite=name, name=each, implementations=_OURS)
-            kept = Options(keep_logits_in_grad=True)
-            cases += [case, replace(case, options=kept, implementations=_OURS[:1])]
+            cases += [case, _kept_in_grad(case)]
         return cases
     if name == "parallel":
         return _parallel()
