@@ -31,6 +31,7 @@ from cce_tp.problem import (
     statistics_dtype,
 )
 from cce_tp.products import InputSum, add_product, copies_operands
+from cce_tp.sharding import TokenGather
 from cce_tp.workspace import (
     ALIGNMENT,
     BackwardSizes,
@@ -170,8 +171,12 @@ class _BackwardPass:
         eps: float | None,
         state: FarField | None,
         kept: KeptLogits | None,
+        arriving: TokenGather | None,
     ) -> None:
         self.backend = backend
+        self.arriving = arriving
+        if eps is not None or state is not None:
+            self._await_input()  # the order of the rows, or of the work, follows from it
         self.kept = kept
         self.logits = logits
         self.sinks = sinks
@@ -601,8 +606,21 @@ class _BackwardPass:
                 return logits, grad_VN, None
         rest = logits.columns(known, width)
         out = rows_of(grad_VN, known, width)
-        kept = self.backend.grad_logits(rest, upstream, out, self.eps)
-        return logits, grad_VN, kept
+        if self.arriving is None or tokens != (0, self.logits.shape[0]):
+            self._await_input()
+            return logits, grad_VN, self.backend.grad_logits(rest, upstream, out, self.eps)
+        for start, stop, input in self.arriving.pieces():
+            piece = rest.tokens(start, stop)._replace(input=input)
+            part = _columns_of(out, start, stop)
+            self.backend.grad_logits(piece, upstream.tokens(start, stop), part, None)
+        self.arriving = None
+        return logits, grad_VN, None
+
+    def _await_input(self) -> None:
+        """Before the hidden states are read: all tokens must be there."""
+        if self.arriving is not None:
+            self.arriving.wait()
+            self.arriving = None
 
     def _product(
         self, out: Tensor, grad_VN: Tensor, other: Tensor, kept: Any, accumulate: bool
@@ -619,6 +637,7 @@ class _BackwardPass:
         self, out: Tensor, grad_VN: Tensor, inputs: Tensor, kept: Any, *, accumulate: bool
     ) -> None:
         """out = or += G^T @ inputs, in the scale of G."""
+        self._await_input()
         if kept is not None:
             self.backend.sparse_product(
                 out, grad_VN, inputs, kept, of_input=False, accumulate=accumulate
@@ -740,6 +759,7 @@ def gradients(
     eps: float | None,
     far: FarField | None,
     kept: KeptLogits | None,
+    arriving: TokenGather | None,
     workspace_bytes: int,
 ) -> None:
     """Write this rank's gradients into `sinks`.
@@ -753,11 +773,13 @@ def gradients(
         far: what the forward pass left for the far field, or None.
         kept: logits that it kept, or None; those in dC's memory are in that of `sinks.weight`, and
             both dE and dC are wanted.
+        arriving: what fills `logits.input`, or None: it is there.
         workspace_bytes: cap on temporaries beyond the gradients.
     """
     num_tokens, vocab, _ = logits.shape
     if num_tokens > 0 and vocab > 0:
-        _BackwardPass(backend, logits, upstream, sinks, eps, far, kept).run(workspace_bytes)
+        walked = _BackwardPass(backend, logits, upstream, sinks, eps, far, kept, arriving)
+        walked.run(workspace_bytes)
         return
     if sinks.input is not None:
         sinks.input.zero_()

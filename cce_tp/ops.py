@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cce_tp import far_field, sharding
-from cce_tp.backend import backend
+from cce_tp.backend import Backend, backend
 from cce_tp.backward import GradientSinks, gradients
 from cce_tp.far_field import FarField
 from cce_tp.problem import (
@@ -134,10 +134,35 @@ def _run(function: Any, arguments: tuple[Any, ...]) -> Any:
         return function(*arguments)
 
 
-def _with_all_tokens(logits: LocalLogits, group: str, sequence_parallel: bool) -> LocalLogits:
+def _with_all_tokens(
+    logits: LocalLogits, group: str, sequence_parallel: bool
+) -> tuple[LocalLogits, sharding.TokenGather | None]:
+    """The logits of all tokens, and what must be waited for before their hidden states are read."""
     if not sequence_parallel:
-        return logits
-    return logits._replace(input=sharding.gather_tokens(logits.input, group))
+        return logits, None
+    arriving = sharding.TokenGather(logits.input, group)
+    return logits._replace(input=arriving.whole), arriving
+
+
+def _statistics(
+    chosen: Backend,
+    logits: LocalLogits,
+    arriving: sharding.TokenGather | None,
+    rows: StatRows,
+    workspace_bytes: int,
+    kept: KeptLogits | None,
+) -> Tensor:
+    """Packed statistics of all tokens, those that are here first."""
+    if arriving is None:
+        return chosen.statistics(logits, rows, workspace_bytes, kept)
+    parts: dict[int, Tensor] = {}
+    for start, stop, input in arriving.pieces():
+        piece = logits.tokens(start, stop)._replace(input=input)
+        keep = None if kept is None else kept.tokens(start, stop)
+        parts[start] = chosen.statistics(piece, rows, workspace_bytes, keep)
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([parts[start] for start in sorted(parts)], dim=1)
 
 
 _LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]
@@ -161,7 +186,7 @@ def _loss(*arguments: Any) -> _LossOutputs:
                 num_tokens=logits.target.shape[0],
             )
             sharding.agree(group, offer)
-        whole = _with_all_tokens(logits, group, sequence_parallel)
+        whole, arriving = _with_all_tokens(logits, group, sequence_parallel)
         budget = _budget(workspace_bytes, logits, terms.vocab_size)
         ordered = kept = lent = None
         if far_budget is None or not _has_logits(logits):
@@ -170,8 +195,10 @@ def _loss(*arguments: Any) -> _LossOutputs:
                 lent, kept = _kept_inside(whole, lent_dtype, tile, budget)
             elif keep_logits_bytes > 0:
                 kept = KeptLogits.empty(whole, tile, keep_logits_bytes)
-            packed = chosen.statistics(whole, rows, budget, kept)
+            packed = _statistics(chosen, whole, arriving, rows, budget, kept)
         else:
+            if arriving is not None:
+                arriving.wait()
             ordered = far_field.sorted_statistics(chosen, whole, rows, budget)
             packed = ordered.statistics.packed
         if group:
@@ -258,7 +285,7 @@ def _gradients(*arguments: Any) -> _Gradients:
         bias_sum = None
         if grad_bias is not None:
             bias_sum = torch.zeros_like(grad_bias, dtype=statistics_dtype(logits.input.dtype))
-        whole = _with_all_tokens(logits, group, sequence_parallel)
+        whole, arriving = _with_all_tokens(logits, group, sequence_parallel)
         partial, scattered = grad_input, None
         if sequence_parallel and grad_input is not None:
             partial, scattered = grad_input.new_empty(whole.input.shape), grad_input
@@ -298,8 +325,11 @@ def _gradients(*arguments: Any) -> _Gradients:
                 eps=eps,
                 far=ordered,
                 kept=kept,
+                arriving=arriving,
                 workspace_bytes=budget,
             )
+        if arriving is not None:
+            arriving.wait()  # also where there was nothing to do
         if grad_bias is not None and bias_sum is not None:
             grad_bias.copy_(bias_sum)
         reduction.wait()

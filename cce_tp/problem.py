@@ -144,7 +144,7 @@ class KeptLogits(NamedTuple):
         if start == 0 and stop == self.tile_max.shape[1]:
             return self
         below_max, tile_max = self.below_max[:, start:stop], self.tile_max[:, start:stop]
-        return self._replace(below_max=below_max, tile_max=tile_max.contiguous())
+        return self._replace(below_max=below_max, tile_max=tile_max)
 
 
 class LossTerms(NamedTuple):

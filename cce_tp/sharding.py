@@ -2,9 +2,9 @@
 
 Forward: one all-gather of the packed per-token statistics, merged in rank order, so that all
 ranks hold the same bits. Backward, its counterpart: one all-reduce (sum) of dE. Under sequence
-parallelism, where each rank has a slice of the tokens' hidden states, an all-gather before either
-pass, and a reduce-scatter of dE in place of the all-reduce. Nothing else in `cce_tp` calls
-torch.distributed.
+parallelism, where each rank has a slice of the tokens' hidden states, an all-gather at the start of
+either pass, beside work on the rank's own tokens, and a reduce-scatter of dE in place of the
+all-reduce. Nothing else in `cce_tp` calls torch.distributed.
 
 Legend: N tokens, V_local vocabulary rows of this rank, W ranks of the group.
 """
@@ -12,6 +12,7 @@ Legend: N tokens, V_local vocabulary rows of this rank, W ranks of the group.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,9 @@ from torch import Tensor
 
 from cce_tp import stats
 from cce_tp.stats import StatRows
+
+# Own tokens of a rank from which work on them apart, while the others' come, pays for its launches.
+_FEW_TOKENS = 512
 
 
 def debug_enabled() -> bool:
@@ -309,19 +313,60 @@ def sum_over_group(local: Tensor, group_name: str) -> Tensor:
     return local
 
 
-def gather_tokens(local: Tensor, group_name: str) -> Tensor:
-    """(N / W, D) of every rank -> (N, D) in rank order; pairs with `InputGradReduction`."""
-    group = _entry(group_name).group
-    whole = local.new_empty((group.size() * local.shape[0], local.shape[1]))
-    _all_gather_whole(whole, local.contiguous(), group=group)
-    return whole
+class TokenGather:
+    """The hidden states of all ranks' tokens, on their way from the moment it is made.
+
+    Pairs with `InputGradReduction`.
+
+    Attributes:
+        whole: (N, D) in rank order, filled after `wait`.
+    """
+
+    def __init__(self, local: Tensor, group_name: str) -> None:
+        """
+        Args:
+            local: (N / W, D) of this rank, not to be written before `wait`.
+            group_name: registered name.
+        """
+        self._local, self._group = local, _entry(group_name).group
+        self.whole, self._work = self._enqueue()
+
+    def _enqueue(self) -> tuple[Tensor, Any]:
+        local = self._local
+        whole = local.new_empty((self._group.size() * local.shape[0], local.shape[1]))
+        work = _all_gather_whole(whole, local.contiguous(), group=self._group, async_op=True)
+        return whole, work
+
+    def wait(self) -> None:
+        """Make `whole` visible to the current stream."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+
+    def pieces(self) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, hidden states) of this rank's own tokens, then of the others before and
+        after them, for work that can begin with its own; or of all at once, where that is little.
+        """
+        count, total = self._local.shape[0], self.whole.shape[0]
+        if count < _FEW_TOKENS or count == total:
+            self.wait()
+            yield 0, total, self.whole
+            return
+        start = self._group.rank() * count
+        stop = start + count
+        yield start, stop, self._local
+        self.wait()
+        if start > 0:
+            yield 0, start, self.whole[:start]
+        if stop < total:
+            yield stop, total, self.whole[stop:]
 
 
 class InputGradReduction:
     """The sum of dE over the group, started as soon as dE is complete, beside what is left to do.
 
     Pairs with the replicated `input` of the forward pass (all-reduce, in place), or with
-    `gather_tokens` (reduce-scatter).
+    `TokenGather` (reduce-scatter).
     """
 
     def __init__(self, partial: Tensor | None, out: Tensor | None, group_name: str) -> None:

@@ -267,14 +267,15 @@ def _kept(rank: Any) -> list[str]:
 
     from cce_tp import sharding
 
-    gather, gathered = sharding.gather_tokens, []
+    gathered = []
 
-    def watched(local: Tensor, group_name: str) -> Tensor:
-        whole = gather(local, group_name)
-        gathered.append((tuple(whole.shape), StorageWeakRef(whole.untyped_storage())))
-        return whole
+    class Watched(sharding.TokenGather):
+        def __init__(self, local: Tensor, group_name: str) -> None:
+            super().__init__(local, group_name)
+            reference = StorageWeakRef(self.whole.untyped_storage())
+            gathered.append((tuple(self.whole.shape), reference))
 
-    with model_parallel(tp=2), mock.patch.object(sharding, "gather_tokens", watched):
+    with model_parallel(tp=2), mock.patch.object(sharding, "TokenGather", Watched):
         case = Case(sequence_parallel=True, hidden=64, vocab=512)
         batch, model = batch_of(case), install_cce(build(case))
         loss = forward(model, batch, case)

@@ -26,11 +26,12 @@ pytestmark = [
     pytest.mark.skipif(BACKEND != "nccl", reason="needs CCE_TP_TEST_BACKEND=nccl, a GPU per rank"),
 ]
 
-N, D, V = 1920, 1024, 64000  # N: equal parts for 1 to 4 and 8 ranks
+N, D, V = 6144, 1024, 64000  # N: equal parts for 1 to 4 and 8 ranks, of 512 tokens or more
 REPEATS = 4
 OPTIONS: dict[str, Any] = {
     "plain": {},
     "options": {"label_smoothing": 0.1, "z_loss": 1e-3, "logit_softcap": 30.0},
+    "kept": {"keep_logits_in_grad": True},
 }
 # Relative to the norm: 16-bit parts of dE are rounded on each rank and added in 16 bits.
 LIMITS = {torch.bfloat16: 6e-3, torch.float16: 1e-3, torch.float32: 3e-5}
@@ -104,6 +105,8 @@ def beside_one_rank(
 def test_equal_bits_on_all_ranks_and_one_rank_within_rounding(
     pool: RankPool, ranks: int, dtype: torch.dtype, name: str, parts: bool
 ) -> None:
+    if name == "kept" and dtype == torch.float32:
+        pytest.skip("keeps logits of 16-bit inputs alone")
     answers = pool.run(beside_one_rank, dtype, OPTIONS[name], parts, ranks=ranks, poison=False)
     for each in answers:
         errors = each["errors"]

@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import cce_tp
+from cce_tp import sharding
 from oracle import Outcome
 from problems import Problem, call, even_bounds, expect, join_shards, restrict
 from ranks import COUNTS, Rank, RankPool
@@ -28,23 +30,28 @@ EVERYTHING: dict[str, Any] = {
     "return_stats": "entropy",
 }
 
+FILTERS = (cce_tp.GradFilter.paper(0.0), cce_tp.GradFilter.far_field(0.0))
+
 
 def solve_part(
-    rank: Rank, problem: Problem, bounds: list[tuple[int, int]], more: dict[str, Any]
+    rank: Rank, problem: Problem, bounds: list[tuple[int, int]], more: dict[str, Any], few: int
 ) -> Outcome:
-    """The library's answer on this rank, from its part of the tokens and its rows of the weight."""
+    """The library's answer on this rank, from its part of the tokens and its rows of the weight.
+
+    From `few` own tokens on, it begins with them before the others' are there."""
     operands = restrict(problem.build(rank.device), *bounds[rank.rank])
     part = operands.input.tensor_split(len(bounds))[rank.rank].contiguous()
     shard = shard_of(rank, bounds, problem.vocab, sequence_parallel=True)
     options = {**problem.options, "impl": problem.impl, "vocab_shard": shard, **more}
-    return call(replace(operands, input=part), options)
+    with mock.patch.object(sharding, "_FEW_TOKENS", few):
+        return call(replace(operands, input=part), options)
 
 
 def check_parts(
-    pool: RankPool, problem: Problem, bounds: list[tuple[int, int]], **more: Any
+    pool: RankPool, problem: Problem, bounds: list[tuple[int, int]], few: int = 1, **more: Any
 ) -> None:
     """Join the ranks' parts of dE, and hold everything against the oracle on the whole."""
-    outcomes = pool.run(solve_part, problem, bounds, more, ranks=len(bounds))
+    outcomes = pool.run(solve_part, problem, bounds, more, few, ranks=len(bounds))
     whole = torch.cat([outcome.grad_input for outcome in outcomes])
     joined = join_shards([replace(each, grad_input=whole) for each in outcomes], bounds)
     expected, native = expect(problem.build(), problem)
@@ -63,6 +70,22 @@ def test_parts_of_the_tokens(pool: RankPool, ranks: int, impl: str, dtype: torch
 def test_an_empty_shard_still_has_tokens(pool: RankPool, impl: str) -> None:
     problem = Problem(impl=impl, tokens=(24,), options=EVERYTHING)
     check_parts(pool, problem, [(0, 100), (100, 100), (100, 203)])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("few", [1, 9], ids=["own-first", "all-at-once"])
+def test_kept_logits(pool: RankPool, impl: str, few: int) -> None:
+    """Of tokens that are taken at different times; kept for part of the columns."""
+    options = {"label_smoothing": 0.2, "reduction": "none"}
+    problem = Problem(impl=impl, dtype=torch.float16, tokens=(24,), vocab=460, options=options)
+    check_parts(pool, problem, even_bounds(460, 3), few, keep_logits_bytes=7000)
+
+
+@pytest.mark.parametrize("grad_filter", FILTERS, ids=lambda chosen: chosen.kind)
+def test_filters(pool: RankPool, grad_filter: cce_tp.GradFilter) -> None:
+    """They look at all tokens before they begin; nothing is left out here."""
+    problem = Problem(impl="torch", tokens=(24,), options={"reduction": "none"})
+    check_parts(pool, problem, even_bounds(problem.vocab, 3), grad_filter=grad_filter)
 
 
 @pytest.mark.parametrize("cap", [1 << 20, None], ids=["1MiB", "default"])

@@ -371,7 +371,7 @@ def grad_kept(
     )
     run(
         kept.below_max[start : start + logits.shape[1]],
-        kept.tile_max,
+        kept.tile_max.contiguous(),
         logits.target,
         upstream.grad,
         upstream.max_logit,

@@ -37,11 +37,11 @@ def by_themselves(
     packed = torch.zeros(_ROWS, len(hidden), device=hidden.device)
     partial = torch.zeros_like(hidden)
     steps: dict[str, Callable[[], Any]] = {
-        "all-gather of statistics": lambda: sharding.gather_tokens(packed, name)
+        "all-gather of statistics": lambda: sharding.TokenGather(packed, name).wait()
     }
     if sequence_parallel:
         part = partial[: len(hidden) // ranks].clone()
-        steps["all-gather of E"] = lambda: sharding.gather_tokens(part, name)
+        steps["all-gather of E"] = lambda: sharding.TokenGather(part, name).wait()
         steps["reduce-scatter of dE"] = lambda: _reduce(partial, part, name)
     else:
         steps["all-reduce of dE"] = lambda: _reduce(partial, None, name)
@@ -64,30 +64,33 @@ def at_hand(step: Callable[[], Any]) -> Iterator[None]:
     Args:
         step: run once before; the steps to be timed are the same.
     """
-    gather, given = sharding.gather_tokens, []
+    given: list[Tensor] = []
 
-    def record(local: Tensor, group_name: str) -> Tensor:
-        given.append(gather(local, group_name))
-        return given[-1]
+    class Recorded(sharding.TokenGather):
+        def _enqueue(self) -> tuple[Tensor, Any]:
+            whole, work = super()._enqueue()
+            given.append(whole)
+            return whole, work
 
-    def merged(rows_of: Callable[[Tensor, str], Tensor]) -> Callable[..., Tensor]:
+    class AtHand(sharding.TokenGather):
+        def _enqueue(self) -> tuple[Tensor, Any]:
+            return next(again), None
+
+    def merged(gather: type[sharding.TokenGather]) -> Callable[..., Tensor]:
         def merge(packed: Tensor, rows: stats.StatRows, group_name: str) -> Tensor:
-            return stats.merge(rows_of(packed, group_name).view(-1, *packed.shape), rows)
+            gathered = gather(packed, group_name)
+            gathered.wait()
+            return stats.merge(gathered.whole.view(-1, *packed.shape), rows)
 
         return merge
 
-    with _replaced(gather_tokens=record, merge_over_group=merged(record)):
+    with _replaced(TokenGather=Recorded, merge_over_group=merged(Recorded)):
         step()
     again = itertools.cycle(given)
     silent = sharding.InputGradReduction
-
-    def hand_out(local: Tensor, group_name: str) -> Tensor:
-        del local, group_name
-        return next(again)
-
     with _replaced(
-        gather_tokens=hand_out,
-        merge_over_group=merged(hand_out),
+        TokenGather=AtHand,
+        merge_over_group=merged(AtHand),
         InputGradReduction=lambda partial, out, group_name: silent(partial, out, ""),
     ):
         yield
