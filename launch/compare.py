@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from launch.benchmark import machine
 from launch.training.options import LOSSES, LoopOptions
@@ -199,16 +201,26 @@ def why(output: str) -> str:
 
 
 def _output(command: list[str], timeout_s: float) -> str:
-    """Standard output and error together; the launcher ends its workers when it is ended."""
+    """Standard output and error together; the launcher ends its workers when it is ended.
+
+    Also where this process is interrupted: a rank that waits for ever in a collective would keep
+    its memory, and the next attempt would lack it.
+    """
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
     ) as process:
         try:
             return process.communicate(timeout=timeout_s)[0]
-        except subprocess.TimeoutExpired:
+        except BaseException:
             process.terminate()
             process.communicate()
             raise
+
+
+def _end(number: int, frame: Any) -> NoReturn:
+    """Turn SIGTERM into an exception."""
+    del frame
+    sys.exit(128 + number)
 
 
 def _sequence_length(args: argparse.Namespace) -> int:
@@ -218,18 +230,39 @@ def _sequence_length(args: argparse.Namespace) -> int:
     return given.get("seq_length", LoopOptions.seq_length)
 
 
-def _gpus() -> list[tuple[str, float]]:
-    """Name and MiB of each GPU; asked of the driver, which takes none of the memory."""
+class Gpu(NamedTuple):
+    """Attributes:
+    name: of the model.
+    total_mib, used_mib: its memory, and what of it is taken before anything is started.
+    """
+
+    name: str
+    total_mib: float
+    used_mib: float
+
+
+def _gpus() -> list[Gpu]:
+    """The GPUs that are visible; asked of the driver, which takes none of their memory."""
     if shutil.which("nvidia-smi") is None:
         return []
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used"]
+    query += ["--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        query.append(f"--id={visible}")
     done = subprocess.run(query, capture_output=True, text=True, timeout=60, check=False)
-    lines = [line.rsplit(",", 1) for line in done.stdout.splitlines() if "," in line]
-    return [(name.strip(), float(size)) for name, size in lines if size.strip().isdecimal()]
+    found = []
+    for line in done.stdout.splitlines():
+        name, *sizes = (cell.strip() for cell in line.rsplit(",", 2))
+        if len(sizes) == 2 and all(size.isdecimal() for size in sizes):
+            found.append(Gpu(name, *map(float, sizes)))
+    return found
 
 
-def setup(args: argparse.Namespace, gpus: Sequence[tuple[str, float]]) -> dict[str, Any]:
-    """What was compared, where: the first record."""
+def setup(args: argparse.Namespace, gpus: Sequence[Gpu]) -> dict[str, Any]:
+    """What was compared, where: the first record.
+
+    `gpus_used_mib` is what others held on the fullest GPU: a result beside them says little.
+    """
     packages = ("torch", "triton", "megatron-core", "cce-tp")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -239,7 +272,8 @@ def setup(args: argparse.Namespace, gpus: Sequence[tuple[str, float]]) -> dict[s
         "ranks": args.ranks,
         "micro_batches": args.micro_batches,
         "steps": args.steps,
-        "gpus": [name for name, _ in gpus],
+        "gpus": [gpu.name for gpu in gpus],
+        "gpus_used_mib": max((gpu.used_mib for gpu in gpus), default=None),
         "versions": {name: machine.installed(name) for name in packages},
     }
 
@@ -306,8 +340,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         attempts.append(found)
         write(asdict(found))
 
+    signal.signal(signal.SIGTERM, _end)
     run, gpus = Runner(args, note), _gpus()
-    memory = min((size for _, size in gpus), default=None)
+    memory = min((gpu.total_mib - gpu.used_mib for gpu in gpus), default=None)
     write(setup(args, gpus))
     firsts = [run(loss, args.steps, args.micro_batch) for loss in args.losses.split(",")]
     rows: list[tuple[Attempt, Attempt | None, int | None]] = []

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +91,53 @@ def test_one_attempt(
         and found["peak_mib"] > 0
     )
     assert "| cce, micro-batch 1 |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
+def test_an_interrupted_comparison_leaves_no_rank_behind(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "launch.compare", "--config", "configs/tiny_cpu.yaml"]
+    command += ["--ranks", "2", "--losses", "cce", "--steps", "100000", "--micro-batch", "1"]
+    marker = f"megatron.data_cache_path={tmp_path}"
+    environment = {**os.environ, "PYTHONPATH": python_path()}
+    with subprocess.Popen(
+        [*command, marker], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        _wait_until(lambda: len(_ranks(marker)) == 2)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    assert process.returncode != 0
+    _wait_until(lambda: not _ranks(marker))
+
+
+def _ranks(marker: str) -> list[int]:
+    """Processes of launch.pretrain with this argument, but for their launcher."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # gone
+            continue
+        if marker in words and "launch.pretrain" in words and "--nproc-per-node" not in words:
+            found.append(int(folder.name))
+    return found
+
+
+def _wait_until(holds: Callable[[], bool], timeout_s: float = 60) -> None:
+    end = time.monotonic() + timeout_s
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_gpus_are_those_that_are_visible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\n[ "$3" = --id=2,3 ] && echo "A, big GPU, 81559, 512"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert compare._gpus() == [compare.Gpu("A, big GPU", 81559, 512)]
 
 
 def test_the_reason_of_a_failure_is_found() -> None:
