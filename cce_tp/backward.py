@@ -43,6 +43,7 @@ from cce_tp.workspace import (
     WholeWalk,
     blocks,
     borrowed_tokens,
+    even_blocks,
     gradient_pitch,
     pays,
     plan_backward,
@@ -51,8 +52,9 @@ from cce_tp.workspace import (
     plan_rest,
 )
 
-# dC of a wide strip is taken in pieces of this many rows, each with its part of G in the L2 cache.
-_WEIGHT_ROWS = 8192
+# dC of a wide strip is taken in pieces of at most so many rows, each with its part of G in the L2
+# cache, and of whole tiles of a product.
+_WEIGHT_ROWS, _WEIGHT_UNIT = 8192, 256
 # Where dC is made in a temporary before it is stored, pieces are of this many bytes, or an eighth
 # of the workspace: they stay in the L2 cache, and make one tile of a product for each
 # multiprocessor of a large GPU.
@@ -643,7 +645,7 @@ class _BackwardPass:
                 out, grad_VN, inputs, kept, of_input=False, accumulate=accumulate
             )
             return
-        for v0, v1 in blocks(grad_VN.shape[0], _WEIGHT_ROWS):
+        for v0, v1 in even_blocks(grad_VN.shape[0], _WEIGHT_ROWS, _WEIGHT_UNIT):
             part = rows_of(grad_VN, v0, v1)
             add_product(rows_of(out, v0, v1), part, inputs, accumulate=accumulate)
 

@@ -32,7 +32,13 @@ def draw(files: Sequence[Sequence[Record]], folder: Path, form: str) -> list[str
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = [record for each in files for record in each if record["status"] == "ok"]
+    # Of one process: what ranks take together belongs beside 1/W of one, which `table` does.
+    records = [
+        record
+        for each in files
+        for record in each
+        if record["status"] == "ok" and not record["ranks"]
+    ]
     folder.mkdir(parents=True, exist_ok=True)
     kinds: dict[str, tuple[Callable[[list[Record]], list[Any]], str]] = {
         "error": (_error_figures, "a case with forward + backward and the error of dE"),

@@ -90,11 +90,14 @@ def _options() -> list[Case]:
 
 
 def _shards() -> list[Case]:
-    """What one rank of 2, 4 and 8 has to do, and the whole."""
+    """What one rank of 2, 4 and 8 has to do, and the whole; also with dC in fp32, as Megatron."""
     cases = []
     for name in ("gemma2-2b", "llama3-8b"):
         whole = Case(shape=Shape.of_model(name), name=name, implementations=_OURS)
-        cases += [whole, *(replace(whole, shard=(0, ranks)) for ranks in (2, 4, 8))]
+        parts = [whole, *(replace(whole, shard=(0, ranks)) for ranks in (2, 4, 8))]
+        added = Options(grad_weight_out=True)
+        cases += parts
+        cases += [replace(part, options=added, implementations=_OURS[:1]) for part in parts]
     return cases
 
 
