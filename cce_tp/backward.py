@@ -177,6 +177,7 @@ class _BackwardPass:
     ) -> None:
         self.backend = backend
         self.arriving = arriving
+        self.finished = 0  # tokens whose dE is complete
         if eps is not None or state is not None:
             self._await_input()  # the order of the rows, or of the work, follows from it
         self.kept = kept
@@ -396,7 +397,7 @@ class _BackwardPass:
         """Token chunks outside, strips inside: dE and the bias gradient, and dC if it is asked."""
         grad_input, grad_weight = self.sinks.input, self.sinks.weight if walk.weight else None
         assert grad_input is not None
-        num_tokens, vocab = self.logits.shape[0], self.columns.count
+        vocab = self.columns.count
         loan = None
         if walk.loan and grad_weight is not None and self.far is not None:
             loan = _Loan(self.backend, grad_weight, self.far.kept)
@@ -410,7 +411,8 @@ class _BackwardPass:
         else:
             buffer = self._buffer(walk.strip, walk.chunk)
         single = walk.strip >= vocab and not self.apart
-        for n0, n1 in blocks(num_tokens, walk.chunk):
+        done = 0
+        for n0, n1 in self._token_chunks(walk.chunk):
             if head is not None:
                 total = head.total
             else:
@@ -437,9 +439,10 @@ class _BackwardPass:
                 if loan is not None:
                     loan.store(start, self._weight_part(grad_VN, inputs, None))
                 elif grad_weight is not None:
-                    later = n0 > 0 or self.sinks.accumulate_weight
+                    later = done > 0 or self.sinks.accumulate_weight
                     self._add_weight(grad_weight, strip, grad_VN, inputs, kept, accumulate=later)
             del total  # before the next chunk's is allocated
+            done += n1 - n0
         if loan is not None:
             loan.settle()
 
@@ -463,8 +466,18 @@ class _BackwardPass:
             for t0, t1, part in total.parts:
                 self.far.finish_input(part, (n0 + t0, n0 + t1))
         total.finish(self.unscale)
-        if n1 == self.logits.shape[0]:
+        self.finished += n1 - n0
+        if self.finished == self.logits.shape[0]:
             self.sinks.input_done()
+
+    def _token_chunks(self, width: int) -> list[tuple[int, int]]:
+        """All tokens in chunks; that with the most of the tokens that are here comes first."""
+        chunks = blocks(self.logits.shape[0], width)
+        if self.arriving is None or len(chunks) == 1:
+            return chunks
+        own = self.arriving.own
+        first = max(chunks, key=lambda each: min(each[1], own[1]) - max(each[0], own[0]))
+        return [first, *(each for each in chunks if each != first)]
 
     def _whole_walk(self, walk: WholeWalk, sizes: BackwardSizes) -> None:
         """G^T at the end of dC's memory; dE from all of it, then dC over it, strip by strip."""
@@ -608,10 +621,10 @@ class _BackwardPass:
                 return logits, grad_VN, None
         rest = logits.columns(known, width)
         out = rows_of(grad_VN, known, width)
-        if self.arriving is None or tokens != (0, self.logits.shape[0]):
-            self._await_input()
+        if self.arriving is None:
             return logits, grad_VN, self.backend.grad_logits(rest, upstream, out, self.eps)
-        for start, stop, input in self.arriving.pieces():
+        for start, stop, input in self.arriving.pieces(*tokens):
+            start, stop = start - tokens[0], stop - tokens[0]
             piece = rest.tokens(start, stop)._replace(input=input)
             part = _columns_of(out, start, stop)
             self.backend.grad_logits(piece, upstream.tokens(start, stop), part, None)

@@ -301,10 +301,15 @@ def merge_over_group(packed_RN: Tensor, rows: StatRows, group_name: str) -> Tens
     Returns:
         (rows, N) of the global vocabulary, the same bits on every rank.
     """
+    return stats.merge(gather_statistics(packed_RN, group_name), rows)
+
+
+def gather_statistics(packed_RN: Tensor, group_name: str) -> Tensor:
+    """(rows, N) of each of W ranks -> (W, rows, N) on all."""
     group = _entry(group_name).group
     gathered_WRN = packed_RN.new_empty((group.size(), *packed_RN.shape))
     _all_gather_whole(gathered_WRN.flatten(0, 1), packed_RN.contiguous(), group=group)
-    return stats.merge(gathered_WRN, rows)
+    return gathered_WRN
 
 
 def sum_over_group(local: Tensor, group_name: str) -> Tensor:
@@ -343,23 +348,29 @@ class TokenGather:
             self._work.wait()
             self._work = None
 
-    def pieces(self) -> Iterator[tuple[int, int, Tensor]]:
-        """(start, stop, hidden states) of this rank's own tokens, then of the others before and
-        after them, for work that can begin with its own; or of all at once, where that is little.
+    @property
+    def own(self) -> tuple[int, int]:
+        """(start, stop) of this rank's tokens among all."""
+        count, rank = self._local.shape[0], self._group.rank()
+        return rank * count, (rank + 1) * count
+
+    def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
+        """(start, stop, hidden states) of this rank's own tokens among [start, stop), then of the
+        others before and after them, for work that can begin with its own; or of all at once, where
+        its own are few.
         """
-        count, total = self._local.shape[0], self.whole.shape[0]
-        if count < _FEW_TOKENS or count == total:
+        stop = self.whole.shape[0] if stop is None else stop
+        first, last = max(start, self.own[0]), min(stop, self.own[1])
+        if last - first < _FEW_TOKENS or (first, last) == (start, stop):
             self.wait()
-            yield 0, total, self.whole
+            yield start, stop, self.whole[start:stop]
             return
-        start = self._group.rank() * count
-        stop = start + count
-        yield start, stop, self._local
+        yield first, last, self._local[first - self.own[0] : last - self.own[0]]
         self.wait()
-        if start > 0:
-            yield 0, start, self.whole[:start]
-        if stop < total:
-            yield stop, total, self.whole[stop:]
+        if start < first:
+            yield start, first, self.whole[start:first]
+        if last < stop:
+            yield last, stop, self.whole[last:stop]
 
 
 class InputGradReduction:

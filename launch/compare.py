@@ -341,7 +341,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write(asdict(found))
 
     signal.signal(signal.SIGTERM, _end)
-    run, gpus = Runner(args, note), _gpus()
+    run, gpus = Runner(args, note), _gpus()[: args.ranks]
+    if not gpus and shutil.which("nvidia-smi") is not None:
+        print("launch.compare: nvidia-smi names no GPU's memory, so nothing is searched")
     memory = min((gpu.total_mib - gpu.used_mib for gpu in gpus), default=None)
     write(setup(args, gpus))
     firsts = [run(loss, args.steps, args.micro_batch) for loss in args.losses.split(",")]

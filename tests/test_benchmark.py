@@ -29,6 +29,7 @@ from launch.benchmark.peers import NotAvailable, Operands, Problem
 from launch.benchmark.session import Session
 from launch.benchmark.steps import even_rows
 from launch_runs import torchrun
+from problems import same_bits
 from ranks import Rank, RankPool
 
 pytestmark = pytest.mark.no_poison
@@ -483,32 +484,40 @@ def test_teams_are_blocks_of_ranks(pool: RankPool) -> None:
         assert found == wanted + wanted
 
 
-def loss_without_communication(rank: Rank) -> tuple[float, float, list[str]]:
-    """(loss of a step, of the same with its collectives' results at hand, collectives called)."""
+def loss_without_communication(rank: Rank, few: int) -> tuple[bool, list[str]]:
+    """(whether loss and dC of steps with their collectives' results at hand are those of a step
+    with collectives, collectives called).
+
+    From `few` own tokens on, a rank begins with them."""
     shard = replace(VocabShard.even(96, rank.group), sequence_parallel=True)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(48, 16, generator=generator)[24 * rank.rank :][:24].requires_grad_()
     weight = torch.randn(96, 16, generator=generator)[shard.start : shard.stop].requires_grad_()
     target = torch.arange(48)
 
-    def step() -> float:
+    def step() -> list[torch.Tensor]:
+        weight.grad = None
         loss = linear_cross_entropy(hidden, weight, target, vocab_shard=shard)
         loss.backward()
-        return loss.item()
+        assert weight.grad is not None
+        return [loss.detach(), weight.grad]
 
     called: list[str] = []
-    with collectives.at_hand(step), pytest.MonkeyPatch.context() as patch:
-        for name in [name for name in dir(dist) if name.startswith(("all_", "reduce_"))]:
-            patch.setattr(dist, name, lambda *_, name=name, **__: called.append(name))
-        for name in ("_all_gather_whole", "_reduce_scatter_whole"):
-            patch.setattr(sharding, name, lambda *_, name=name, **__: called.append(name))
-        again = step()
-    return step(), again, called
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "_FEW_TOKENS", few)
+        with collectives.at_hand(step), pytest.MonkeyPatch.context() as silent:
+            for name in [name for name in dir(dist) if name.startswith(("all_", "reduce_"))]:
+                silent.setattr(dist, name, lambda *_, name=name, **__: called.append(name))
+            for name in ("_all_gather_whole", "_reduce_scatter_whole"):
+                silent.setattr(sharding, name, lambda *_, name=name, **__: called.append(name))
+            again = [*step(), *step()]
+        wanted = step() * 2
+    return all(map(same_bits, again, wanted)), called
 
 
-def test_results_at_hand_are_those_of_the_collectives(pool: RankPool) -> None:
-    for loss, again, called in pool.run(loss_without_communication, ranks=2):
-        assert again == loss and called == []
+@pytest.mark.parametrize("few", [1, 25], ids=["own-first", "all-at-once"])
+def test_results_at_hand_are_those_of_the_collectives(pool: RankPool, few: int) -> None:
+    assert pool.run(loss_without_communication, few, ranks=2) == [(True, [])] * 2
 
 
 def test_a_shard_alone_has_the_workspace_of_the_whole() -> None:

@@ -101,14 +101,22 @@ def test_an_interrupted_comparison_leaves_no_rank_behind(
     command += ["--ranks", "2", "--losses", "cce", "--steps", "100000", "--micro-batch", "1"]
     marker = f"megatron.data_cache_path={tmp_path}"
     environment = {**os.environ, "PYTHONPATH": python_path()}
-    with subprocess.Popen(
-        [*command, marker], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored here
+    try:
+        process = subprocess.Popen(
+            [*command, marker], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
         _wait_until(lambda: len(_ranks(marker)) == 2)
         process.send_signal(number)
-        process.communicate(timeout=60)
-    assert process.returncode != 0
-    _wait_until(lambda: not _ranks(marker))
+        assert process.wait(timeout=60) != 0
+        _wait_until(lambda: not _ranks(marker))
+    finally:
+        process.kill()
+        for rank in _ranks(marker):
+            os.kill(rank, signal.SIGKILL)
 
 
 def _ranks(marker: str) -> list[int]:

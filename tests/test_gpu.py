@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cce_tp
+from cce_tp.backend import backend
+from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient
+from cce_tp.stats import StatRows
+from cce_tp.workspace import gradient_pitch
 from oracle import dense
 from problems import Problem, call, same_bits
 from tolerance import error_norm, relative_error
@@ -223,6 +227,39 @@ def test_unaligned_operands(offset: int, hidden: int) -> None:
     torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
     assert relative_error(input.grad, exact_input.grad) < 6e-3
     assert relative_error(weight.grad, exact_weight.grad) < 6e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("edges", [(516, 1032), (512, 1024), (3, 1029)], ids=str)
+def test_pieces_of_the_tokens_make_the_whole(dtype: torch.dtype, edges: tuple[int, int]) -> None:
+    """Statistics, kept logits and G^T of the tokens in the middle first, then of those beside."""
+    tokens, vocab = 1500, 1111
+    input, weight, target = language_model_like(tokens, vocab, 256, dtype)
+    logits = LocalLogits(input, weight, None, target, 0, 1.0, None)
+    chosen, rows = backend("triton"), StatRows(False, False, False)
+    pitch = gradient_pitch(tokens)
+    grads = torch.linspace(0.5, 1, tokens, device="cuda")
+
+    def run(pieces: list[tuple[int, int]]) -> list[Tensor]:
+        kept = None
+        if dtype != torch.float32:
+            kept = KeptLogits.empty(logits, chosen.tile_rows(input), 1 << 30)
+        packed = torch.empty(rows.count, tokens, device="cuda")
+        for start, stop in pieces:
+            keep = None if kept is None else kept.tokens(start, stop)
+            part = logits.tokens(start, stop)
+            packed[:, start:stop] = chosen.statistics(part, rows, 1 << 26, keep)
+        top, total = packed[StatRows.MAX], packed[StatRows.SUM_EXP]
+        upstream = LogitGradient(grads, top, total.log(), 0.0, 0.0, vocab)
+        out = torch.full((vocab, pitch), 7.0, dtype=dtype, device="cuda")
+        for start, stop in pieces:
+            part, share = logits.tokens(start, stop), upstream.tokens(start, stop)
+            chosen.grad_logits(part, share, out[:, start:stop], None)
+        return [packed, out[:, :tokens], *(() if kept is None else kept[:2])]
+
+    first, last = edges
+    found = run([(first, last), (0, first), (last, tokens)])
+    assert all(map(same_bits, found, run([(0, tokens)])))
 
 
 def test_another_stream() -> None:

@@ -6,7 +6,9 @@ Legend: N tokens, W ranks, V global vocabulary.
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -14,13 +16,16 @@ import pytest
 import torch
 
 import cce_tp
-from cce_tp import sharding
+from cce_tp import backward, ops, sharding
+from cce_tp.backend import backend
+from cce_tp.workspace import Walk
 from oracle import Outcome
 from problems import Problem, call, even_bounds, expect, join_shards, restrict
 from ranks import COUNTS, Rank, RankPool
 from sharding_cases import Answer, answer, shard_of
-from tolerance import check_outcome
-from variants import IMPLS, MAIN_IMPL_DTYPES
+from test_walks import WALKS
+from tolerance import check_outcome, relative_error
+from variants import DEVICE, IMPLS, LOW_IMPL_DTYPES, MAIN_IMPL_DTYPES
 
 EVERYTHING: dict[str, Any] = {
     "reduction": "none",
@@ -29,29 +34,99 @@ EVERYTHING: dict[str, Any] = {
     "logit_softcap": 4.0,
     "return_stats": "entropy",
 }
+PLENTY = 1 << 24
 
-FILTERS = (cce_tp.GradFilter.paper(0.0), cce_tp.GradFilter.far_field(0.0))
+
+class _Arrival:
+    """The work of a gather whose result comes with `wait` and not before."""
+
+    def __init__(self, whole: torch.Tensor, waited: list[int]) -> None:
+        self._whole, self._result, self._waited = whole, whole.clone(), waited
+        whole.fill_(torch.nan)
+
+    def wait(self) -> None:
+        self._whole.copy_(self._result)
+        self._waited.append(1)
+
+
+@contextmanager
+def late_tokens(few: int) -> Iterator[list[int]]:
+    """Other ranks' hidden states are NaN until they are waited for; yields an entry per wait.
+
+    From `few` own tokens on a rank begins with those."""
+    waited: list[int] = []
+
+    class Late(sharding.TokenGather):
+        def _enqueue(self) -> tuple[torch.Tensor, Any]:
+            whole, work = super()._enqueue()
+            work.wait()
+            return whole, _Arrival(whole, waited)
+
+    with (
+        mock.patch.object(sharding, "_FEW_TOKENS", few),
+        mock.patch.object(sharding, "TokenGather", Late),
+    ):
+        yield waited
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a rank computes its answer.
+
+    Attributes:
+        few: as in `late_tokens`.
+        walks: the plan of the backward pass, or None for the planner's.
+        filtered: the far field is taken also where the exact pass would cost less.
+        as_on_a_gpu: 16-bit products take their operands as they are.
+    """
+
+    few: int = 1
+    walks: tuple[Walk, ...] | None = None
+    filtered: bool = False
+    as_on_a_gpu: bool = False
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            if self.walks is not None:
+                plan = mock.patch.object(backward, "plan_backward", lambda *_: self.walks)
+                stack.enter_context(plan)
+            if self.filtered:
+                stack.enter_context(mock.patch.object(backward, "pays", lambda *_: True))
+            for module in (backward, ops) if self.as_on_a_gpu else ():
+                stack.enter_context(mock.patch.object(module, "copies_operands", lambda _: False))
+            yield
 
 
 def solve_part(
-    rank: Rank, problem: Problem, bounds: list[tuple[int, int]], more: dict[str, Any], few: int
+    rank: Rank,
+    problem: Problem,
+    bounds: list[tuple[int, int]],
+    more: dict[str, Any],
+    setting: Setting,
+    wanted: tuple[bool, bool, bool] = (True, True, True),
 ) -> Outcome:
-    """The library's answer on this rank, from its part of the tokens and its rows of the weight.
-
-    From `few` own tokens on, it begins with them before the others' are there."""
+    """The library's answer on this rank, from its part of the tokens and its rows of the weight."""
     operands = restrict(problem.build(rank.device), *bounds[rank.rank])
     part = operands.input.tensor_split(len(bounds))[rank.rank].contiguous()
     shard = shard_of(rank, bounds, problem.vocab, sequence_parallel=True)
     options = {**problem.options, "impl": problem.impl, "vocab_shard": shard, **more}
-    with mock.patch.object(sharding, "_FEW_TOKENS", few):
-        return call(replace(operands, input=part), options)
+    with setting.applied(), late_tokens(setting.few) as waited:
+        outcome = call(replace(operands, input=part), options, requires_grad=wanted)
+    assert len(waited) == (2 if any(wanted) else 1)  # once in each pass
+    return outcome
 
 
 def check_parts(
-    pool: RankPool, problem: Problem, bounds: list[tuple[int, int]], few: int = 1, **more: Any
+    pool: RankPool,
+    problem: Problem,
+    bounds: list[tuple[int, int]],
+    setting: Setting | None = None,
+    **more: Any,
 ) -> None:
     """Join the ranks' parts of dE, and hold everything against the oracle on the whole."""
-    outcomes = pool.run(solve_part, problem, bounds, more, few, ranks=len(bounds))
+    setting = setting or Setting()
+    outcomes = pool.run(solve_part, problem, bounds, more, setting, ranks=len(bounds))
     whole = torch.cat([outcome.grad_input for outcome in outcomes])
     joined = join_shards([replace(each, grad_input=whole) for each in outcomes], bounds)
     expected, native = expect(problem.build(), problem)
@@ -72,20 +147,89 @@ def test_an_empty_shard_still_has_tokens(pool: RankPool, impl: str) -> None:
     check_parts(pool, problem, [(0, 100), (100, 100), (100, 203)])
 
 
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("few", [1, 9], ids=["own-first", "all-at-once"])
-def test_kept_logits(pool: RankPool, impl: str, few: int) -> None:
-    """Of tokens that are taken at different times; kept for part of the columns."""
+@pytest.mark.parametrize("name", WALKS)
+@pytest.mark.parametrize("few", [1, 30], ids=["own-first", "all-at-once"])
+def test_every_walk(pool: RankPool, name: str, few: int) -> None:
+    """In chunks that hold some, none or all of a rank's own tokens."""
+    dtype = torch.bfloat16 if "borrowed" in name else torch.float32
+    problem = Problem(impl="torch", dtype=dtype, tokens=(75,), vocab=1406, hidden=200)
+    check_parts(pool, problem, [(0, 703), (703, 703), (703, 1406)], Setting(few, WALKS[name]))
+
+
+def _keeps(rank: Rank, problem: Problem, more: dict[str, Any], setting: Setting) -> list[int]:
+    """How many columns' logits lay there in the backward pass of each of two shards."""
+    columns: list[int] = []
+    run = backward._BackwardPass.run
+
+    def spy(self: Any, workspace_bytes: int) -> None:
+        run(self, workspace_bytes)
+        columns.append(0 if self.kept is None else self.kept.columns)
+
+    with mock.patch.object(backward._BackwardPass, "run", spy):
+        solve_part(rank, problem, even_bounds(problem.vocab, 2), more, setting)
+    return columns
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize("few", [1, 30], ids=["own-first", "all-at-once"])
+@pytest.mark.parametrize("kept", ["some", "all", "some-in-dC", "all-in-dC"])
+def test_kept_logits(pool: RankPool, impl: str, dtype: torch.dtype, few: int, kept: str) -> None:
+    """Of tokens that are taken at different times."""
     options = {"label_smoothing": 0.2, "reduction": "none"}
-    problem = Problem(impl=impl, dtype=torch.float16, tokens=(24,), vocab=460, options=options)
-    check_parts(pool, problem, even_bounds(460, 3), few, keep_logits_bytes=7000)
+    hidden = 200 if kept == "all-in-dC" else 40
+    problem = Problem(
+        impl=impl, dtype=dtype, tokens=(76,), vocab=1706, hidden=hidden, options=options
+    )
+    tile = backend(impl).tile_rows(torch.empty(0, dtype=dtype, device=DEVICE))
+    more = {
+        "some": {"keep_logits_bytes": 2 * tile * 2 * 80},
+        "all": {"keep_logits_bytes": PLENTY},
+    }.get(kept, {"keep_logits_in_grad": True})
+    setting = Setting(few, as_on_a_gpu=kept.endswith("dC"))
+    for (columns,) in pool.run(_keeps, problem, more, setting, ranks=2):
+        assert columns == 853 if kept.startswith("all") else 0 < columns < 853
+    check_parts(pool, problem, even_bounds(problem.vocab, 2), setting, **more)
 
 
-@pytest.mark.parametrize("grad_filter", FILTERS, ids=lambda chosen: chosen.kind)
+def beside_whole_input(
+    rank: Rank, problem: Problem, grad_filter: cce_tp.GradFilter
+) -> tuple[list[float], bool]:
+    """Differences to the same rank's answer with the hidden states of all tokens given, relative;
+    and whether those are other than the exact ones."""
+    bounds, setting = even_bounds(problem.vocab, rank.size), Setting(filtered=True)
+    more = {"grad_filter": grad_filter}
+    parts = solve_part(rank, problem, bounds, more, setting)
+    operands = restrict(problem.build(rank.device), *bounds[rank.rank])
+    shard = shard_of(rank, bounds, problem.vocab)
+    options = {**problem.options, "impl": problem.impl, "vocab_shard": shard}
+    with setting.applied():
+        whole = call(operands, {**options, **more})
+        exact = call(operands, options)
+    own = whole.grad_input.tensor_split(rank.size)[rank.rank]
+    pairs = ((parts.loss, whole.loss), (parts.grad_input, own))
+    pairs = (*pairs, (parts.grad_weight, whole.grad_weight))
+    filtered = relative_error(whole.grad_weight, exact.grad_weight) > 1e-4
+    return [relative_error(one, other) for one, other in pairs], filtered
+
+
+@pytest.mark.parametrize(
+    "grad_filter",
+    [cce_tp.GradFilter.paper(0.05), cce_tp.GradFilter.far_field(0.3)],
+    ids=lambda chosen: chosen.kind,
+)
 def test_filters(pool: RankPool, grad_filter: cce_tp.GradFilter) -> None:
-    """They look at all tokens before they begin; nothing is left out here."""
-    problem = Problem(impl="torch", tokens=(24,), options={"reduction": "none"})
-    check_parts(pool, problem, even_bounds(problem.vocab, 3), grad_filter=grad_filter)
+    """Which look at all tokens before they begin. (The reference's tiles are too large for it to
+    leave any out here.)"""
+    problem = Problem(
+        impl="triton",
+        tokens=(96,),
+        vocab=4096,
+        hidden=64,
+        spread=4.0,
+        options={"reduction": "none"},
+    )
+    for errors, filtered in pool.run(beside_whole_input, problem, grad_filter, ranks=2):
+        assert max(errors) < 1e-6 and filtered
 
 
 @pytest.mark.parametrize("cap", [1 << 20, None], ids=["1MiB", "default"])
@@ -95,17 +239,19 @@ def test_a_small_workspace(pool: RankPool, cap: int | None) -> None:
 
 
 def with_frozen(rank: Rank, wanted: tuple[bool, bool]) -> list[str]:
-    """Gradients that are not wanted do not come, and no rank hangs."""
+    """Gradients that are not wanted do not come, the others are right, and no rank hangs."""
     problem = Problem(tokens=(16,))
     bounds = even_bounds(problem.vocab, 2)
-    operands = restrict(problem.build(rank.device), *bounds[rank.rank])
-    part = operands.input.tensor_split(2)[rank.rank].contiguous()
-    shard = shard_of(rank, bounds, problem.vocab, sequence_parallel=True)
-    outcome = call(
-        replace(operands, input=part), {"vocab_shard": shard}, requires_grad=(*wanted, False)
-    )
-    found = (outcome.grad_input is not None, outcome.grad_weight is not None)
-    return [] if found == wanted else [f"rank {rank.rank}: {found}, wanted {wanted}"]
+    outcome = solve_part(rank, problem, bounds, {}, Setting(), (*wanted, False))
+    both = solve_part(rank, problem, bounds, {}, Setting(), (True, True, False))
+    wrong = []
+    for name, want in zip(("grad_input", "grad_weight"), wanted, strict=True):
+        given, expected = getattr(outcome, name), getattr(both, name)
+        if (given is not None) != want:
+            wrong.append(f"rank {rank.rank}: {name} {given}, wanted: {want}")
+        elif want and not relative_error(given, expected) < 1e-5:
+            wrong.append(f"rank {rank.rank}: {name} differs")
+    return wrong
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)], ids=str)

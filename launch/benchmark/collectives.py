@@ -37,7 +37,7 @@ def by_themselves(
     packed = torch.zeros(_ROWS, len(hidden), device=hidden.device)
     partial = torch.zeros_like(hidden)
     steps: dict[str, Callable[[], Any]] = {
-        "all-gather of statistics": lambda: sharding.TokenGather(packed, name).wait()
+        "all-gather of statistics": lambda: sharding.gather_statistics(packed, name)
     }
     if sequence_parallel:
         part = partial[: len(hidden) // ranks].clone()
@@ -76,21 +76,19 @@ def at_hand(step: Callable[[], Any]) -> Iterator[None]:
         def _enqueue(self) -> tuple[Tensor, Any]:
             return next(again), None
 
-    def merged(gather: type[sharding.TokenGather]) -> Callable[..., Tensor]:
-        def merge(packed: Tensor, rows: stats.StatRows, group_name: str) -> Tensor:
-            gathered = gather(packed, group_name)
-            gathered.wait()
-            return stats.merge(gathered.whole.view(-1, *packed.shape), rows)
+    gather = sharding.gather_statistics
 
-        return merge
+    def record(packed: Tensor, group_name: str) -> Tensor:
+        given.append(gather(packed, group_name))
+        return given[-1]
 
-    with _replaced(TokenGather=Recorded, merge_over_group=merged(Recorded)):
+    with _replaced(TokenGather=Recorded, gather_statistics=record):
         step()
     again = itertools.cycle(given)
     silent = sharding.InputGradReduction
     with _replaced(
         TokenGather=AtHand,
-        merge_over_group=merged(AtHand),
+        gather_statistics=lambda packed, group_name: next(again),
         InputGradReduction=lambda partial, out, group_name: silent(partial, out, ""),
     ):
         yield
