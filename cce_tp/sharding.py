@@ -325,6 +325,7 @@ class TokenGather:
 
     Attributes:
         whole: (N, D) in rank order, filled after `wait`.
+        own: (start, stop) of this rank's tokens among all.
     """
 
     def __init__(self, local: Tensor, group_name: str) -> None:
@@ -333,13 +334,14 @@ class TokenGather:
             local: (N / W, D) of this rank, not to be written before `wait`.
             group_name: registered name.
         """
-        self._local, self._group = local, _entry(group_name).group
-        self.whole, self._work = self._enqueue()
+        group, count = _entry(group_name).group, local.shape[0]
+        self._local, self.own = local, (group.rank() * count, (group.rank() + 1) * count)
+        self.whole, self._work = self._enqueue(local, group)
 
-    def _enqueue(self) -> tuple[Tensor, Any]:
-        local = self._local
-        whole = local.new_empty((self._group.size() * local.shape[0], local.shape[1]))
-        work = _all_gather_whole(whole, local.contiguous(), group=self._group, async_op=True)
+    @staticmethod
+    def _enqueue(local: Tensor, group: Any) -> tuple[Tensor, Any]:
+        whole = local.new_empty((group.size() * local.shape[0], local.shape[1]))
+        work = _all_gather_whole(whole, local.contiguous(), group=group, async_op=True)
         return whole, work
 
     def wait(self) -> None:
@@ -347,12 +349,6 @@ class TokenGather:
         if self._work is not None:
             self._work.wait()
             self._work = None
-
-    @property
-    def own(self) -> tuple[int, int]:
-        """(start, stop) of this rank's tokens among all."""
-        count, rank = self._local.shape[0], self._group.rank()
-        return rank * count, (rank + 1) * count
 
     def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, hidden states) of this rank's own tokens among [start, stop), then of the

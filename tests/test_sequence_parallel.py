@@ -55,10 +55,12 @@ def late_tokens(few: int) -> Iterator[list[int]]:
 
     From `few` own tokens on a rank begins with those."""
     waited: list[int] = []
+    enqueue = sharding.TokenGather._enqueue
 
     class Late(sharding.TokenGather):
-        def _enqueue(self) -> tuple[torch.Tensor, Any]:
-            whole, work = super()._enqueue()
+        @staticmethod
+        def _enqueue(local: torch.Tensor, group: Any) -> tuple[torch.Tensor, Any]:
+            whole, work = enqueue(local, group)
             work.wait()
             return whole, _Arrival(whole, waited)
 

@@ -66,14 +66,19 @@ def at_hand(step: Callable[[], Any]) -> Iterator[None]:
     """
     given: list[Tensor] = []
 
+    enqueue = sharding.TokenGather._enqueue
+
     class Recorded(sharding.TokenGather):
-        def _enqueue(self) -> tuple[Tensor, Any]:
-            whole, work = super()._enqueue()
+        @staticmethod
+        def _enqueue(local: Tensor, group: Any) -> tuple[Tensor, Any]:
+            whole, work = enqueue(local, group)
             given.append(whole)
             return whole, work
 
     class AtHand(sharding.TokenGather):
-        def _enqueue(self) -> tuple[Tensor, Any]:
+        @staticmethod
+        def _enqueue(local: Tensor, group: Any) -> tuple[Tensor, Any]:
+            del local, group
             return next(again), None
 
     gather = sharding.gather_statistics
