@@ -40,6 +40,8 @@ _QUIET = (
 )
 # Not PyTorch's own: the context, NCCL's buffers, and what the allocator cannot use.
 _RESERVE_MIB = 3072
+# What torchrun is given to end its workers: its own grace period, and some.
+_GRACE_S = 40
 # The first steps compile and warm up.
 _WARM_UP = 3
 # Enough to know that a micro-batch fits: the optimizer's state is there from the second step on.
@@ -212,9 +214,24 @@ def _output(command: list[str], timeout_s: float) -> str:
         try:
             return process.communicate(timeout=timeout_s)[0]
         except BaseException:
-            process.terminate()
-            process.communicate()
+            _end_launcher(process)
             raise
+
+
+def _end_launcher(process: subprocess.Popen[str]) -> None:
+    """Have torchrun end its workers, and wait for that.
+
+    It raises an exception where SIGTERM finds it, which may be in code that catches any: then it
+    goes on, and is asked again. Its workers have 30 s from then on.
+    """
+    for _ in range(3):
+        process.terminate()
+        try:
+            process.communicate(timeout=_GRACE_S)
+        except subprocess.TimeoutExpired:
+            continue
+        return
+    process.kill()
 
 
 def _end(number: int, frame: Any) -> NoReturn:

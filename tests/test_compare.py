@@ -93,6 +93,25 @@ def test_one_attempt(
     assert "| cce, micro-batch 1 |" in capsys.readouterr().out
 
 
+def test_a_launcher_that_goes_on_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchrun does where its code catches what its handler of SIGTERM raises."""
+    program = """
+import signal, time
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+print("ready", flush=True)
+while len(asked) < 2:
+    time.sleep(0.01)
+"""
+    monkeypatch.setattr(compare, "_GRACE_S", 1)
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        compare._end_launcher(process)
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
 def test_an_interrupted_comparison_leaves_no_rank_behind(
     tmp_path: Path, number: signal.Signals
@@ -111,7 +130,7 @@ def test_an_interrupted_comparison_leaves_no_rank_behind(
     try:
         _wait_until(lambda: len(_ranks(marker)) == 2)
         process.send_signal(number)
-        assert process.wait(timeout=60) != 0
+        assert process.wait(timeout=150) != 0
         _wait_until(lambda: not _ranks(marker))
     finally:
         process.kill()
