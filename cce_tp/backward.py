@@ -43,7 +43,6 @@ from cce_tp.workspace import (
     WholeWalk,
     blocks,
     borrowed_tokens,
-    even_blocks,
     gradient_pitch,
     pays,
     plan_backward,
@@ -52,9 +51,8 @@ from cce_tp.workspace import (
     plan_rest,
 )
 
-# dC of a wide strip is taken in pieces of at most so many rows, each with its part of G in the L2
-# cache, and of whole tiles of a product.
-_WEIGHT_ROWS, _WEIGHT_UNIT = 8192, 256
+# dC of a wide strip is taken in pieces of this many rows, each with its part of G in the L2 cache.
+_WEIGHT_ROWS = 8192
 # Where dC is made in a temporary before it is stored, pieces are of this many bytes, or an eighth
 # of the workspace: they stay in the L2 cache, and make one tile of a product for each
 # multiprocessor of a large GPU.
@@ -411,8 +409,8 @@ class _BackwardPass:
         else:
             buffer = self._buffer(walk.strip, walk.chunk)
         single = walk.strip >= vocab and not self.apart
-        done = 0
-        for n0, n1 in self._token_chunks(walk.chunk):
+        chunks = self._token_chunks(walk.chunk)
+        for n0, n1 in chunks:
             if head is not None:
                 total = head.total
             else:
@@ -439,10 +437,9 @@ class _BackwardPass:
                 if loan is not None:
                     loan.store(start, self._weight_part(grad_VN, inputs, None))
                 elif grad_weight is not None:
-                    later = done > 0 or self.sinks.accumulate_weight
+                    later = (n0, n1) != chunks[0] or self.sinks.accumulate_weight
                     self._add_weight(grad_weight, strip, grad_VN, inputs, kept, accumulate=later)
             del total  # before the next chunk's is allocated
-            done += n1 - n0
         if loan is not None:
             loan.settle()
 
@@ -658,7 +655,7 @@ class _BackwardPass:
                 out, grad_VN, inputs, kept, of_input=False, accumulate=accumulate
             )
             return
-        for v0, v1 in even_blocks(grad_VN.shape[0], _WEIGHT_ROWS, _WEIGHT_UNIT):
+        for v0, v1 in blocks(grad_VN.shape[0], _WEIGHT_ROWS):
             part = rows_of(grad_VN, v0, v1)
             add_product(rows_of(out, v0, v1), part, inputs, accumulate=accumulate)
 

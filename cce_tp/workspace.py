@@ -121,18 +121,6 @@ def blocks(size: int, step: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def even_blocks(size: int, most: int, unit: int) -> list[tuple[int, int]]:
-    """[0, size) in as few pieces of at most `most` as there can be, of nearly the same size.
-
-    For products, where a narrow piece left over would fill a few multiprocessors alone. `unit`
-    divides `most` and all pieces but the last.
-    """
-    if 0 < size <= most:
-        return [(0, size)]
-    step = -(-size // -(-size // most)) if size else most
-    return blocks(size, -(-step // unit) * unit)
-
-
 class BackwardSizes(NamedTuple):
     """What the plan depends on, in elements and bytes.
 

@@ -7,7 +7,6 @@ Legend: N tokens, V vocabulary rows, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -16,7 +15,8 @@ import pytest
 import torch
 
 import cce_tp
-from cce_tp import backward, ops
+from backward_passes import kept_columns, operands_as_they_are
+from cce_tp import backward
 from cce_tp.backend import backend
 from cce_tp.problem import KeptLogits
 from cce_tp.workspace import TailWalk, TokenWalk
@@ -129,23 +129,13 @@ INSIDE = {
 
 @pytest.fixture
 def as_on_a_gpu() -> Iterator[None]:
-    """Where 16-bit products take their operands as they are."""
-    with ExitStack() as stack:
-        for module in (backward, ops):
-            stack.enter_context(mock.patch.object(module, "copies_operands", lambda _: False))
+    with operands_as_they_are():
         yield
 
 
 def in_grad(operands: Any, options: dict[str, Any]) -> tuple[Any, int]:
     """The outcome, and how many columns' logits lay in dC's memory during the backward pass."""
-    columns: list[int] = []
-    run = backward._BackwardPass.run
-
-    def spy(self: Any, workspace_bytes: int) -> None:
-        run(self, workspace_bytes)
-        columns.append(0 if self.kept is None else self.kept.columns)
-
-    with mock.patch.object(backward._BackwardPass, "run", spy):
+    with kept_columns() as columns:
         outcome = call(operands, {**options, "keep_logits_in_grad": True})
     (count,) = columns
     return outcome, count

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import cce_tp
-from cce_tp import backward, ops, sharding
+from backward_passes import kept_columns, operands_as_they_are
+from cce_tp import backward, sharding
 from cce_tp.backend import backend
 from cce_tp.workspace import Walk
 from oracle import Outcome
@@ -79,13 +80,16 @@ class Setting:
         few: as in `late_tokens`.
         walks: the plan of the backward pass, or None for the planner's.
         filtered: the far field is taken also where the exact pass would cost less.
-        as_on_a_gpu: 16-bit products take their operands as they are.
+        kept: what share of the columns has its logits from the forward pass: "some" or "all", or
+            None where that does not matter.
+        in_grad: they are kept in dC's memory, as on a GPU.
     """
 
     few: int = 1
     walks: tuple[Walk, ...] | None = None
     filtered: bool = False
-    as_on_a_gpu: bool = False
+    kept: str | None = None
+    in_grad: bool = False
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -95,9 +99,15 @@ class Setting:
                 stack.enter_context(plan)
             if self.filtered:
                 stack.enter_context(mock.patch.object(backward, "pays", lambda *_: True))
-            for module in (backward, ops) if self.as_on_a_gpu else ():
-                stack.enter_context(mock.patch.object(module, "copies_operands", lambda _: False))
+            if self.in_grad:
+                stack.enter_context(operands_as_they_are())
             yield
+
+    def check_kept(self, columns: list[int], rows: int) -> None:
+        """Of the only backward pass over so many rows."""
+        if self.kept is not None:
+            (count,) = columns
+            assert count == rows if self.kept == "all" else 0 < count < rows
 
 
 def solve_part(
@@ -113,8 +123,9 @@ def solve_part(
     part = operands.input.tensor_split(len(bounds))[rank.rank].contiguous()
     shard = shard_of(rank, bounds, problem.vocab, sequence_parallel=True)
     options = {**problem.options, "impl": problem.impl, "vocab_shard": shard, **more}
-    with setting.applied(), late_tokens(setting.few) as waited:
+    with setting.applied(), late_tokens(setting.few) as waited, kept_columns() as columns:
         outcome = call(replace(operands, input=part), options, requires_grad=wanted)
+    setting.check_kept(columns, len(operands.weight))
     assert len(waited) == (2 if any(wanted) else 1)  # once in each pass
     return outcome
 
@@ -158,38 +169,23 @@ def test_every_walk(pool: RankPool, name: str, few: int) -> None:
     check_parts(pool, problem, [(0, 703), (703, 703), (703, 1406)], Setting(few, WALKS[name]))
 
 
-def _keeps(rank: Rank, problem: Problem, more: dict[str, Any], setting: Setting) -> list[int]:
-    """How many columns' logits lay there in the backward pass of each of two shards."""
-    columns: list[int] = []
-    run = backward._BackwardPass.run
-
-    def spy(self: Any, workspace_bytes: int) -> None:
-        run(self, workspace_bytes)
-        columns.append(0 if self.kept is None else self.kept.columns)
-
-    with mock.patch.object(backward._BackwardPass, "run", spy):
-        solve_part(rank, problem, even_bounds(problem.vocab, 2), more, setting)
-    return columns
-
-
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 @pytest.mark.parametrize("few", [1, 30], ids=["own-first", "all-at-once"])
-@pytest.mark.parametrize("kept", ["some", "all", "some-in-dC", "all-in-dC"])
-def test_kept_logits(pool: RankPool, impl: str, dtype: torch.dtype, few: int, kept: str) -> None:
+@pytest.mark.parametrize("kept", ["some", "all"])
+@pytest.mark.parametrize("in_grad", [False, True], ids=["beside", "in-dC"])
+def test_kept_logits(
+    pool: RankPool, impl: str, dtype: torch.dtype, few: int, kept: str, in_grad: bool
+) -> None:
     """Of tokens that are taken at different times."""
     options = {"label_smoothing": 0.2, "reduction": "none"}
-    hidden = 200 if kept == "all-in-dC" else 40
+    hidden = 200 if in_grad and kept == "all" else 40
     problem = Problem(
         impl=impl, dtype=dtype, tokens=(76,), vocab=1706, hidden=hidden, options=options
     )
     tile = backend(impl).tile_rows(torch.empty(0, dtype=dtype, device=DEVICE))
-    more = {
-        "some": {"keep_logits_bytes": 2 * tile * 2 * 80},
-        "all": {"keep_logits_bytes": PLENTY},
-    }.get(kept, {"keep_logits_in_grad": True})
-    setting = Setting(few, as_on_a_gpu=kept.endswith("dC"))
-    for (columns,) in pool.run(_keeps, problem, more, setting, ranks=2):
-        assert columns == 853 if kept.startswith("all") else 0 < columns < 853
+    room = PLENTY if kept == "all" else 2 * tile * 2 * 80
+    more: dict[str, Any] = {"keep_logits_in_grad": True} if in_grad else {"keep_logits_bytes": room}
+    setting = Setting(few, kept=kept, in_grad=in_grad)
     check_parts(pool, problem, even_bounds(problem.vocab, 2), setting, **more)
 
 
@@ -224,9 +220,9 @@ def test_filters(pool: RankPool, grad_filter: cce_tp.GradFilter) -> None:
     leave any out here.)"""
     problem = Problem(
         impl="triton",
-        tokens=(96,),
+        tokens=(40,),
         vocab=4096,
-        hidden=64,
+        hidden=16,
         spread=4.0,
         options={"reduction": "none"},
     )

@@ -396,15 +396,3 @@ def test_halves_of_a_sum_start_aligned(tokens: int) -> None:
     total.finish(None)
     assert same_bits(out, values.bfloat16())
     assert not InputSum.can_borrow(out[:15], torch.float32)
-
-
-@pytest.mark.parametrize("size", [0, 1, 8192, 8193, 8448, 16032, 128256])
-def test_even_blocks(size: int) -> None:
-    """All of it in order, in whole units, and none much narrower than the others."""
-    found = workspace.even_blocks(size, 8192, 256)
-    assert [start for start, _ in found] == [0, *(stop for _, stop in found)][: len(found)]
-    assert sum(stop - start for start, stop in found) == size
-    widths = [stop - start for start, stop in found]
-    assert len(widths) == -(-size // 8192) and all(width <= 8192 for width in widths)
-    assert all(start % 256 == 0 for start, _ in found)
-    assert size == 0 or max(widths) - min(widths) <= 256 * len(widths)
