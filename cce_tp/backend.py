@@ -132,6 +132,7 @@ class Backend(Protocol):
         bias: Tensor | None,
         rows: tuple[int, int],
         *,
+        targets: bool,
         accumulate: bool,
     ) -> None: ...
 

@@ -367,7 +367,7 @@ class FarBackward:
         # Nobody reads these rows before all of dC is written, whichever way.
         self._written = 0
         if not accumulate:
-            self._write_weight(first_late_row(vocab))
+            self._write_weight(first_late_row(vocab), targets=False)
         made = 0 if self._gradient is None else _nbytes(self._gradient.weight)
         self.nbytes = far.nbytes + self._summed.nbytes + made + 27 * vocab
 
@@ -419,12 +419,13 @@ class FarBackward:
 
         Args:
             bias: (V,) fp32, added to, or None."""
-        self._write_weight(self._logits.weight.shape[0])
+        self._write_weight(self._logits.weight.shape[0], targets=True)
         if bias is not None:
             self._add_bias(bias)
 
-    def _write_weight(self, stop: int) -> None:
-        """The rows of dC before `stop` that are not written yet."""
+    def _write_weight(self, stop: int, *, targets: bool) -> None:
+        """The rows of dC before `stop` that are not written yet; those that are targets, which take
+        a kernel of their own, at the end."""
         if self._gradient is not None and self._weight is not None:
             self._backend.write_far_rows(
                 self._gradient,
@@ -432,6 +433,7 @@ class FarBackward:
                 self._weight,
                 None,
                 (self._written, stop),
+                targets=targets,
                 accumulate=self._accumulate,
             )
         self._written = stop
@@ -448,7 +450,13 @@ class FarBackward:
         bias.index_add_(0, self._far.order, spread)  # a permutation: no two meet
         assert self._gradient is not None
         self._backend.write_far_rows(
-            self._gradient, self._logits.input, None, bias, (0, vocab), accumulate=True
+            self._gradient,
+            self._logits.input,
+            None,
+            bias,
+            (0, vocab),
+            targets=True,
+            accumulate=True,
         )
 
 

@@ -384,26 +384,29 @@ def write_far_rows(
     bias: Tensor | None,
     rows: tuple[int, int],
     *,
+    targets: bool,
     accumulate: bool,
 ) -> None:
     """As `kernels.far_field.write_far_rows`."""
     vocab, (start, stop) = far.order.shape[0], rows
-    mine = (far.sorted_rows >= start) & (far.sorted_rows < stop)
-    tokens, targets = far.sorted_tokens[mine], far.sorted_rows[mine]
-    if bias is not None:
-        bias.index_add_(0, targets, far.targets.factor[tokens].to(bias.dtype))
+    tokens = far.sorted_tokens[far.sorted_rows >= 0]
+    targets_row = far.targets.row[tokens]
+    if bias is not None and targets:
+        bias.index_add_(0, targets_row, far.targets.factor[tokens].to(bias.dtype))
     if out is None or far.weight is None:
         return
     for tile in (far.kept == 0).nonzero().view(-1).tolist():
         ids = far.order[tile * far.tile : (tile + 1) * far.tile]
-        ids = ids[(ids >= start) & (ids < stop)]
+        is_target = far.targets.is_target[ids] != 0
+        ids = ids[torch.where(is_target, targets, (ids >= start) & (ids < stop))]
         if len(ids) == 0:
             continue
         total = (far.weight[tile] / min(far.tile, vocab - tile * far.tile)).repeat(len(ids), 1)
-        inside = far.targets.tile[tokens] == tile
-        place = (targets[inside, None] == ids).to(torch.uint8).argmax(dim=1)
-        value = far.targets.factor[tokens[inside], None] * input[tokens[inside]].to(total.dtype)
-        total.index_add_(0, place, value)
+        if targets:
+            inside = far.targets.tile[tokens] == tile
+            place = (targets_row[inside, None] == ids).to(torch.uint8).argmax(dim=1)
+            value = far.targets.factor[tokens[inside], None] * input[tokens[inside]].to(total.dtype)
+            total.index_add_(0, place, value)
         if accumulate:
             total += out[ids]
         out[ids] = total.to(out.dtype)

@@ -35,31 +35,61 @@ from cce_tp.stats import StatRows
 
 _BLOCK_N = 1024
 _BLOCK_T = 128
+# Sums over the tokens are taken in so many parts.
+_SUM_PARTS = 32
+# Each program compares so few tiles with all others that there are many programs.
+_TILES_EACH = 16
+
+
+@triton.jit
+def partial_sums_kernel(
+    input_ptr,
+    partial_ptr,
+    N,
+    D,
+    tokens_each,
+    stride_input,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """partial (parts, D) fp32: the sums of `tokens_each` rows each of input (N, D)."""
+    blocks_d = tl.cdiv(D, BLOCK_D)
+    part = tl.program_id(0) // blocks_d
+    cols = (tl.program_id(0) % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = cols < D
+    first = part * tokens_each
+    last = tl.minimum(first + tokens_each, N)
+    total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    for start in range(first, last, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        at = rows[:, None].to(tl.int64) * stride_input + cols[None, :]
+        mask = (rows < last)[:, None] & inside[None, :]
+        total += tl.load(input_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(partial_ptr + part * D + cols, tl.sum(total, axis=0), mask=inside)
 
 
 @triton.jit
 def probes_kernel(
     input_ptr,
+    partial_ptr,
     out_ptr,
     N,
     D,
     P,
     step,
     stride_input,
+    PARTS: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out (P, D): the average of input's (N, D) rows, then its rows 0, step, 2 step, ..."""
+    """out (P, D): the average of input's (N, D) rows, by their partial sums (PARTS, D); then its
+    rows 0, step, 2 step, ..."""
     cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = cols < D
-    total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for start in range(0, N, BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N)
-        at = rows[:, None].to(tl.int64) * stride_input + cols[None, :]
-        mask = (rows < N)[:, None] & inside[None, :]
-        total += tl.load(input_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    average = tl.sum(total, axis=0) / N
+    parts = tl.arange(0, PARTS)
+    at = parts[:, None] * D + cols[None, :]
+    partial = tl.load(partial_ptr + at, mask=inside[None, :], other=0.0)
+    average = tl.sum(partial, axis=0) / N
     tl.store(out_ptr + cols, average.to(out_ptr.dtype.element_ty), mask=inside)
     probes = 1 + tl.arange(0, BLOCK_P)
     at = (probes[:, None] - 1).to(tl.int64) * step * stride_input + cols[None, :]
@@ -78,6 +108,7 @@ def mass_key_kernel(
     stride_sampled,
     logit_scale,
     HAS_BIAS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """out (V,): row 0 of sampled (P, V) plus half the mean square of the others about it."""
@@ -85,10 +116,12 @@ def mass_key_kernel(
     inside = cols < V
     average = tl.load(sampled_ptr + cols, mask=inside, other=0.0)
     squares = tl.zeros((BLOCK_V,), dtype=tl.float32)
-    for probe in range(1, P):
-        row = sampled_ptr + probe * stride_sampled  # at most 64 rows: no overflow
-        off = tl.load(row + cols, mask=inside, other=0.0) - average
-        squares += off * off
+    for first in range(1, P, BLOCK_P):
+        probes = first + tl.arange(0, BLOCK_P)
+        mask = (probes < P)[:, None] & inside[None, :]
+        at = probes[:, None] * stride_sampled + cols[None, :]  # at most 64 rows: no overflow
+        off = tl.load(sampled_ptr + at, mask=mask, other=0.0) - average[None, :]
+        squares += tl.sum(tl.where(mask, off * off, 0.0), axis=0)
     variance = squares * (logit_scale * logit_scale) / (P - 1)
     if HAS_BIAS:
         average += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
@@ -324,6 +357,7 @@ def select_tiles_kernel(
     budget_by_rows,
     largest_mass,
     RAGGED: tl.constexpr,
+    MINE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
     """kept (T,) int32: 1 for a tile that is heavy, or that the budget does not cover.
@@ -331,10 +365,10 @@ def select_tiles_kernel(
     totals (4, T) as `tile_mass_kernel` makes them. Of all mass here budget_by_mass may be left, and
     budget_by_rows per token. The budget covers tiles in the order of their deviation, the smallest
     first; the sum of those that come no later than a tile needs no sorting."""
-    mine = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mine = tl.program_id(0) * MINE + tl.arange(0, MINE)
     my_largest = tl.load(totals_ptr + mine, mask=mine < T, other=0.0)
     my_deviation = tl.load(totals_ptr + 2 * T + mine, mask=mine < T, other=0.0)
-    left = tl.zeros((BLOCK_T,), dtype=tl.float32)
+    left = tl.zeros((MINE,), dtype=tl.float32)
     whole = tl.zeros((BLOCK_T,), dtype=tl.float32)
     for start in range(0, T, BLOCK_T):
         other = start + tl.arange(0, BLOCK_T)
@@ -458,23 +492,23 @@ def far_rows_kernel(
 ):
     """out[row] = or += the far field of its tile, (T, D) fp32, for first_row <= row < last_row; not
     where a row is a target."""
-    blocks_d = tl.cdiv(D, BLOCK_D)
-    block = tl.program_id(0) // blocks_d
+    block = tl.program_id(0)
     tile = (block * BLOCK_V) // TILE
     if tl.load(kept_ptr + tile) == 0:
         places = block * BLOCK_V + tl.arange(0, BLOCK_V)
-        cols = (tl.program_id(0) % blocks_d) * BLOCK_D + tl.arange(0, BLOCK_D)
         rows = tl.load(order_ptr + places, mask=places < V, other=0)
         count = tl.minimum(V - tile * TILE, TILE).to(tl.float32)
-        far = tl.load(far_ptr + tile.to(tl.int64) * D + cols, mask=cols < D, other=0.0) / count
         other = (places < V) & (tl.load(is_target_ptr + rows) == 0)
         other &= (rows >= first_row) & (rows < last_row)
-        mask = other[:, None] & (cols < D)[None, :]
-        out = out_ptr + rows[:, None] * stride_out + cols[None, :]
-        value = tl.broadcast_to(far[None, :], (BLOCK_V, BLOCK_D))
-        if ACCUMULATE:
-            value += tl.load(out, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out, value.to(out_ptr.dtype.element_ty), mask=mask)
+        for start in range(0, D, BLOCK_D):
+            cols = start + tl.arange(0, BLOCK_D)
+            far = tl.load(far_ptr + tile.to(tl.int64) * D + cols, mask=cols < D, other=0.0) / count
+            mask = other[:, None] & (cols < D)[None, :]
+            out = out_ptr + rows[:, None] * stride_out + cols[None, :]
+            value = tl.broadcast_to(far[None, :], (BLOCK_V, BLOCK_D))
+            if ACCUMULATE:
+                value += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -490,8 +524,6 @@ def target_rows_kernel(
     N,
     V,
     D,
-    first_row,
-    last_row,
     stride_input,
     stride_out,
     ACCUMULATE: tl.constexpr,
@@ -500,8 +532,7 @@ def target_rows_kernel(
     TILE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out[row] = or += the far field of its tile + sum of factor * input over the row's tokens, for
-    first_row <= row < last_row.
+    """out[row] = or += the far field of its tile + sum of factor * input over the row's tokens.
 
     row_ptr (N,) is sorted, -1 first, and token_ptr says whose row each entry is: the program of a
     row's first entry does all of them, in order."""
@@ -510,7 +541,7 @@ def target_rows_kernel(
     block_d = tl.program_id(0) % blocks_d
     row = tl.load(row_ptr + first).to(tl.int64)
     previous = tl.load(row_ptr + first - 1, mask=first > 0, other=-1)
-    if (row >= first_row) & (row < last_row) & (row != previous):
+    if (row >= 0) & (row != previous):
         cols = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = cols < D
         total = tl.zeros((BLOCK_D,), dtype=tl.float32)
@@ -550,21 +581,36 @@ def probes(input: Tensor, step: int) -> Tensor:
     num_tokens, hidden = input.shape
     count = 1 + ceil_div(num_tokens, step)
     out = input.new_empty(count, hidden)
-    block_d = 16  # narrow columns: as many programs as there are multiprocessors
+    # Two steps: there are not as many columns as it takes to keep all multiprocessors reading.
+    partial = input.new_empty((_SUM_PARTS, hidden), dtype=torch.float32)
+    launch(
+        partial_sums_kernel,
+        _SUM_PARTS * ceil_div(hidden, 64),
+        input_ptr=input,
+        partial_ptr=partial,
+        N=num_tokens,
+        D=hidden,
+        tokens_each=ceil_div(num_tokens, _SUM_PARTS),
+        stride_input=input.stride(0),
+        BLOCK_N=64,
+        BLOCK_D=64,
+        num_warps=4,
+    )
     launch(
         probes_kernel,
-        ceil_div(hidden, block_d),
+        ceil_div(hidden, 32),
         input_ptr=input,
+        partial_ptr=partial,
         out_ptr=out,
         N=num_tokens,
         D=hidden,
         P=count,
         step=step,
         stride_input=input.stride(0),
+        PARTS=_SUM_PARTS,
         BLOCK_P=triton.next_power_of_2(count - 1),
-        BLOCK_N=512,
-        BLOCK_D=block_d,
-        num_warps=8,
+        BLOCK_D=32,
+        num_warps=4,
     )
     return out
 
@@ -581,7 +627,7 @@ def mass_key(sampled: Tensor, bias: Tensor | None, logit_scale: float, out: Tens
     num_probes, vocab = sampled.shape
     launch(
         mass_key_kernel,
-        ceil_div(vocab, _BLOCK_N),
+        ceil_div(vocab, 256),
         sampled_ptr=sampled,
         bias_ptr=bias,
         out_ptr=out,
@@ -590,8 +636,9 @@ def mass_key(sampled: Tensor, bias: Tensor | None, logit_scale: float, out: Tens
         stride_sampled=sampled.stride(0),
         logit_scale=float(logit_scale),
         HAS_BIAS=bias is not None,
-        BLOCK_V=_BLOCK_N,
-        num_warps=8,
+        BLOCK_P=16,
+        BLOCK_V=256,
+        num_warps=4,
     )
 
 
@@ -850,7 +897,7 @@ def tile_masses(
     )
     launch(
         select_tiles_kernel,
-        ceil_div(num_tiles, _BLOCK_T),
+        ceil_div(num_tiles, _TILES_EACH),
         totals_ptr=totals,
         kept_ptr=kept,
         T=num_tiles,
@@ -858,8 +905,9 @@ def tile_masses(
         budget_by_rows=budget.by_rows,
         largest_mass=LARGEST_FAR_MASS,
         RAGGED=vocab % tile_rows(logits.input) != 0,
+        MINE=_TILES_EACH,
         BLOCK_T=_BLOCK_T,
-        num_warps=8,
+        num_warps=4,
     )
     return TileMasses(mass, slope, totals[1:3], kept)
 
@@ -952,6 +1000,7 @@ def write_far_rows(
     bias: Tensor | None,
     rows: tuple[int, int],
     *,
+    targets: bool,
     accumulate: bool,
 ) -> None:
     """Rows of dC, and of the bias gradient, that are not in a kept tile.
@@ -961,34 +1010,37 @@ def write_far_rows(
         input: (N, D) hidden states.
         out: (V, D) dC, or None; overwritten, or added to with `accumulate`.
         bias: (V,) fp32, added to: the targets' part; or None.
-        rows: [start, stop) of the local rows to write.
+        rows: [start, stop) of the local rows to write, among those that are no token's target.
+        targets: also write those that are, all of them.
         accumulate: add to `out`.
     """
     vocab, hidden = far.order.shape[0], input.shape[1]
-    block_v, block_d = min(32, far.tile), 256
+    block_v, block_d = min(16, far.tile), 512
     common = {
         "V": vocab,
         "D": hidden,
-        "first_row": rows[0],
-        "last_row": rows[1],
         "ACCUMULATE": accumulate,
         "TILE": far.tile,
     }
     if out is not None:
         launch(
             far_rows_kernel,
-            ceil_div(vocab, block_v) * ceil_div(hidden, block_d),
+            ceil_div(vocab, block_v),
             far_ptr=far.weight,
             order_ptr=far.order,
             kept_ptr=far.kept,
             is_target_ptr=far.targets.is_target,
             out_ptr=out,
             stride_out=out.stride(0),
+            first_row=rows[0],
+            last_row=rows[1],
             BLOCK_V=block_v,
             BLOCK_D=block_d,
             num_warps=4,
             **common,
         )
+    if not targets:
+        return
     target_block = min(1024, triton.next_power_of_2(hidden))
     launch(
         target_rows_kernel,
