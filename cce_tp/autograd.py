@@ -150,7 +150,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         )
         totals_4 = far.pop() if far_budget is not None and rows.argmax else None
         # Not saved as what must not change: the backward pass writes it, and gives it away.
-        ctx.lent = far.pop(0) if inside and far else None
+        ctx.lent = far.pop(0) if inside and ops.split_far(far)[0] else None
         ctx.save_for_backward(*operands, normaliser_2N, count, *far, *anchors)
         ctx.num_far = len(far)
         # Not saved through save_for_backward: it is accumulated into between forward and backward.
@@ -204,7 +204,7 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], upstream: Tensor) -> tuple[Tens
     if lent is not None:
         ctx.lent = None  # a second backward pass finds no logits any more
     elif options.keep_logits_in_grad:
-        far = ()
+        _, far = ops.split_far([*far])
     into_out = ctx.grad_weight_out is not None and ctx.needs_input_grad[1]
     wanted = (
         ctx.needs_input_grad[0],

@@ -50,6 +50,7 @@ class Backend(Protocol):
         logits: LocalLogits,
         upstream: LogitGradient,
         out: Tensor,
+        tiles: Tensor | None,
     ) -> None: ...
 
     def sparse_product(
@@ -92,6 +93,8 @@ class Backend(Protocol):
         target: Tensor,
         rows: StatRows,
         workspace_bytes: int,
+        free: Tensor | None,
+        kept: KeptLogits | None,
     ) -> SortedStatistics: ...
 
     def tile_masses(
@@ -104,6 +107,7 @@ class Backend(Protocol):
         ignore_index: int,
         budget: RankBudget,
         slopes: bool,
+        leading: int,
     ) -> TileMasses: ...
 
     def far_gradient(

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cce_tp import far_field
 from cce_tp.backend import Backend
-from cce_tp.far_field import FarBackward, FarField, KeptRows
+from cce_tp.far_field import FarBackward, FarField, KeptRows, LateRows
 from cce_tp.filtering import BYTES_PER_ORDERED_ROW, vocabulary_order
 from cce_tp.problem import (
     KeptLogits,
@@ -33,7 +32,6 @@ from cce_tp.problem import (
 from cce_tp.products import InputSum, add_product, copies_operands
 from cce_tp.sharding import TokenGather
 from cce_tp.workspace import (
-    ALIGNMENT,
     BackwardSizes,
     PrefixWalk,
     StripWalk,
@@ -41,6 +39,7 @@ from cce_tp.workspace import (
     TokenWalk,
     Walk,
     WholeWalk,
+    aligned,
     blocks,
     borrowed_tokens,
     gradient_pitch,
@@ -49,6 +48,8 @@ from cce_tp.workspace import (
     plan_head,
     plan_kept,
     plan_rest,
+    plan_run,
+    rows_ahead,
 )
 
 # dC of a wide strip is taken in pieces of this many rows, each with its part of G in the L2 cache.
@@ -115,11 +116,13 @@ class _Head:
             others were zeros.
         total: dE so far.
         weight: (columns, D) their rows of dC, until they are stored; None where they are already.
+        loan: where rows of dC are stored, if late ones are held already.
     """
 
     columns: int
     total: InputSum
     weight: Tensor | None
+    loan: _Loan | None = None
 
 
 class _Columns:
@@ -193,16 +196,29 @@ class _BackwardPass:
                 logits,
                 self.upstream,
                 self.unscale,
+                late=self._late(logits, sinks.weight),
                 weight=sinks.weight,
                 accumulate=sinks.accumulate_weight,
                 bias=sinks.bias is not None,
             )
+            if kept is not None:
+                self.far.nbytes += kept.tile_max.nbytes
         if eps is not None:
             self.columns = _Columns.ordered(logits)
         else:
             self.columns = _Columns(logits)
         self.copies = copies_operands(logits.input)
         self._look_at_operands()
+
+    def _late(self, logits: LocalLogits, grad_weight: Tensor | None) -> LateRows:
+        """What dC's memory holds during a walk over the rows that the far field keeps."""
+        itemsize = logits.weight.itemsize if grad_weight is None else grad_weight.itemsize
+        if self.kept is None:
+            return LateRows.without_logits(logits.weight, itemsize)
+        num_tokens, tile = logits.shape[0], self.kept.tile
+        late = LateRows.with_logits(num_tokens, logits.weight, itemsize, tile)
+        assert late is not None
+        return late
 
     def _look_at_operands(self) -> None:
         """What is asked at every step."""
@@ -220,14 +236,27 @@ class _BackwardPass:
     def run(self, workspace_bytes: int) -> None:
         self.piece_bytes = min(_PIECE_BYTES, workspace_bytes // 8)
         kept = self.kept
-        if kept is not None and kept.in_grad and self._walk_over_kept(kept, workspace_bytes):
+        if self.far is not None:
+            if self._walk_far(self.far, workspace_bytes):
+                self.far.finish_weight(self.sinks.bias)
+                return
+            self.far_bytes, self.far = self.far.nbytes, None
+            self.columns = _Columns(self.logits)
+            self._look_at_operands()
+        elif kept is not None and kept.in_grad and self._walk_over_kept(kept, workspace_bytes):
             return
-        if self.far is None:
-            self._walk_all(workspace_bytes)
-            return
-        head = self._head_start(self.far, workspace_bytes)
-        self.far.wait()
-        self.columns = _Columns(self.logits, self.far.kept.rows, self.far.column)
+        self._walk_all(workspace_bytes)
+
+    def _walk_far(self, far: FarBackward, workspace_bytes: int) -> bool:
+        """Walk over the rows that the far field keeps, if that pays; nothing is done if not."""
+        if self.kept is not None:
+            kept, self.kept = self.kept, None
+            done = self._walk_run(far, kept, workspace_bytes)
+            if done is not None:
+                return done
+        head = self._head_start(far, workspace_bytes)
+        far.wait()
+        self.columns = _Columns(self.logits, far.kept.rows, far.column)
         sizes = self._sizes(taken=0 if head is None else head.columns)
         # Planned afresh while the device waits, if the sizes were new in every call.
         similar = sizes.rounded()
@@ -235,15 +264,79 @@ class _BackwardPass:
             walks = plan_backward(similar, workspace_bytes)
         else:
             walks = (plan_rest(similar, workspace_bytes, len(head.total.parts) > 1),)
-        if pays(sizes, walks, self.logits.shape[1]):
-            self._walk(walks, sizes, head)
-            self.far.finish_weight(self.sinks.bias)
-            return
-        del head
-        self.far_bytes, self.far = self.far.nbytes, None
-        self.columns = _Columns(self.logits)
-        self._look_at_operands()
-        self._walk_all(workspace_bytes)
+        if not pays(sizes, walks, self.logits.shape[1]):
+            return False
+        self._walk(walks, sizes, head)
+        return True
+
+    def _walk_run(self, far: FarBackward, kept: KeptLogits, workspace_bytes: int) -> bool | None:
+        """Walk where dC's memory holds the logits of the first rows; whether that pays, or None
+        where the workspace is too small for it: nothing is done in both cases.
+
+        G^T of those rows, in place of their logits, makes their part of dE, then their rows of dC;
+        then come the other rows that are kept, over G^T's memory.
+        """
+        grad_input, grad_weight = self.sinks.input, self.sinks.weight
+        assert grad_input is not None and grad_weight is not None
+        sizes = self._sizes(late=0)
+        ahead = rows_ahead(sizes, workspace_bytes, kept.columns)
+        if ahead is None:
+            return None
+        # Before the host waits: what the device does meanwhile.
+        num_tokens, vocab, hidden = self.logits.shape
+        held = memory_of(
+            grad_weight, far.late.sum_byte, (num_tokens, hidden), self.sum_dtype, hidden
+        )
+        total = InputSum(grad_input, self.sum_dtype, in_place=False, borrow=False, held=held)
+        ((_, _, out),) = total.parts
+        far.start_input(out, (0, num_tokens))
+        first_rows = self.backend.gather_rows(self.logits.weight, far.kept.rows[:ahead])
+        grad_KN = kept.below_max.view(self.logits.input.dtype)
+        logits = self.logits.columns(0, kept.columns)._replace(target=far.column, first_id=0)
+        self.backend.grad_kept(kept, 0, logits, self.upstream, grad_KN, far.tiles)
+        far.wait()
+        self.columns = _Columns(self.logits, far.kept.rows, far.column)
+        known, run = far.run, self.columns.count
+        if run > min(kept.columns, ahead):
+            run = known  # else the few others join it
+        sizes = self._sizes(taken=run)
+        plan = plan_run(sizes.rounded(), workspace_bytes, run, self.columns.count - run)
+        if plan is None:
+            return None
+        if not pays(sizes, () if plan.rest is None else (plan.rest,), vocab, run=run):
+            return False
+        if known < run:
+            # In the place of G^T of rows that are not kept.
+            rows, bias = far.kept.rows[known:run], self.logits.bias
+            logits = self.logits._replace(
+                weight=first_rows[known:run],
+                bias=None if bias is None else bias.index_select(0, rows),
+                target=far.column,
+                first_id=known,
+            )
+            self.backend.grad_logits(logits, self.upstream, grad_KN[known:run], None)
+        self._add_bias(_Strip(0, run, far.kept.rows[:run]), grad_KN[:run])
+        for start, stop in blocks(run, ahead):
+            rows = far.kept.rows[start:stop]
+            weight = self.backend.gather_rows(self.logits.weight, rows) if start else first_rows
+            self._product(out, grad_KN[start:stop], weight[: stop - start], None, True)
+            del weight
+        del first_rows, logits
+        if plan.rest is None:
+            self._finish_input(total, (0, num_tokens))
+        loan = _Loan(self.backend, grad_weight, far.kept) if plan.held else None
+        for start, stop in blocks(run, plan.strip):
+            part = self._weight_part(grad_KN[start:stop], self.logits.input, None)
+            if loan is None:
+                self.backend.scatter_rows(grad_weight, far.kept.rows, part, accumulate=False)
+            else:
+                loan.store(start, part)
+            del part  # before the next one is allocated
+        if loan is not None:
+            if plan.rest is not None:
+                self._token_walk(plan.rest, sizes, _Head(run, total, None, loan))
+            loan.settle()
+        return True
 
     def _head_start(self, far: FarBackward, workspace_bytes: int) -> _Head | None:
         """Take the first columns before their number is known, so that the device has work while
@@ -348,8 +441,8 @@ class _BackwardPass:
                 if not gathers:
                     lent_row = hidden * dC.itemsize
                 elif self.far is not None:
-                    rows = dC.shape[0] - far_field.first_late_row(dC.shape[0])
-                    loan_columns = max(0, rows * hidden * dC.itemsize - ALIGNMENT) // gradient_row
+                    first_byte = self.far.late.first_byte
+                    loan_columns = max(0, dC.nbytes - first_byte) // gradient_row
                     held = self.far.kept.home.shape[0] if late is None else late
                     loan_bytes = held * hidden * dC.itemsize
         sums_apart = dE is not None and dE.dtype != self.sum_dtype
@@ -396,18 +489,17 @@ class _BackwardPass:
         grad_input, grad_weight = self.sinks.input, self.sinks.weight if walk.weight else None
         assert grad_input is not None
         vocab = self.columns.count
-        loan = None
-        if walk.loan and grad_weight is not None and self.far is not None:
+        loan = None if head is None else head.loan
+        own_loan = loan is None and walk.loan
+        if own_loan:
+            assert grad_weight is not None and self.far is not None
             loan = _Loan(self.backend, grad_weight, self.far.kept)
         taken = 0
         if head is not None:
             taken = min(head.columns, vocab)
             if head.weight is not None:
                 self._store_head(head, taken, loan)
-        if loan is not None:
-            buffer = self._late_rows(walk.strip)
-        else:
-            buffer = self._buffer(walk.strip, walk.chunk)
+        buffer = self._late_rows(walk.strip) if walk.loan else self._buffer(walk.strip, walk.chunk)
         single = walk.strip >= vocab and not self.apart
         chunks = self._token_chunks(walk.chunk)
         for n0, n1 in chunks:
@@ -440,7 +532,7 @@ class _BackwardPass:
                     later = (n0, n1) != chunks[0] or self.sinks.accumulate_weight
                     self._add_weight(grad_weight, strip, grad_VN, inputs, kept, accumulate=later)
             del total  # before the next chunk's is allocated
-        if loan is not None:
+        if loan is not None and own_loan:
             loan.settle()
 
     def _store_head(self, head: _Head, columns: int, loan: _Loan | None) -> None:
@@ -525,7 +617,7 @@ class _BackwardPass:
         assert grad_input is not None and grad_weight is not None
         num_tokens, vocab, hidden = self.logits.shape
         apart = num_tokens - (borrowed_tokens(num_tokens) if walk.borrow else 0)
-        first = _aligned((vocab - walk.tail) * hidden * grad_weight.itemsize)
+        first = aligned((vocab - walk.tail) * hidden * grad_weight.itemsize)
         held = memory_of(grad_weight, first, (apart, hidden), self.sum_dtype, hidden)
         total = InputSum(grad_input, self.sum_dtype, in_place=False, borrow=walk.borrow, held=held)
         tokens, buffer = (0, num_tokens), self._buffer(walk.strip, num_tokens)
@@ -590,14 +682,19 @@ class _BackwardPass:
 
     def _late_rows(self, columns: int) -> Tensor:
         """(columns, N) in the memory of the late rows of dC."""
-        return self._lent_rows(far_field.first_late_row(self.logits.shape[1]), columns)
+        assert self.far is not None
+        return self._in_grad_weight(self.far.late.first_byte, columns)
 
     def _lent_rows(self, first_row: int, columns: int) -> Tensor:
         out = self.sinks.weight
         assert out is not None
-        first = _aligned(first_row * out.shape[1] * out.itemsize)
+        return self._in_grad_weight(aligned(first_row * out.shape[1] * out.itemsize), columns)
+
+    def _in_grad_weight(self, first_byte: int, columns: int) -> Tensor:
+        out = self.sinks.weight
+        assert out is not None
         shape = (columns, self.logits.shape[0])
-        return memory_of(out, first, shape, self.logits.input.dtype, gradient_pitch(shape[1]))
+        return memory_of(out, first_byte, shape, self.logits.input.dtype, gradient_pitch(shape[1]))
 
     def _gradient(
         self, strip: _Strip, columns: LocalLogits, tokens: tuple[int, int], buffer: Tensor
@@ -612,7 +709,7 @@ class _BackwardPass:
             known = min(self.kept.columns - strip.start, width)
             part = self.kept.tokens(*tokens)
             self.backend.grad_kept(
-                part, strip.start, logits.columns(0, known), upstream, grad_VN[:known]
+                part, strip.start, logits.columns(0, known), upstream, grad_VN[:known], None
             )
             if known == width:
                 return logits, grad_VN, None
@@ -739,10 +836,6 @@ class _BackwardPass:
 def _columns_of(matrix: Tensor, start: int, stop: int) -> Tensor:
     """matrix[:, start:stop], or the matrix itself where that is all."""
     return matrix if stop - start == matrix.shape[1] else matrix[:, start:stop]
-
-
-def _aligned(first_byte: int) -> int:
-    return -(-first_byte // ALIGNMENT) * ALIGNMENT
 
 
 def _into_range(

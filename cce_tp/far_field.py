@@ -19,10 +19,17 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from cce_tp.problem import LocalLogits, LogitGradient, LossTerms, statistics_dtype
+from cce_tp.problem import (
+    KeptLogits,
+    LocalLogits,
+    LogitGradient,
+    LossTerms,
+    memory_of,
+    statistics_dtype,
+)
 from cce_tp.products import add_product, copies_operands
 from cce_tp.stats import StatRows
-from cce_tp.workspace import blocks, for_buffers
+from cce_tp.workspace import ALIGNMENT, aligned, blocks, for_buffers, gradient_pitch
 
 if TYPE_CHECKING:
     from cce_tp.backend import Backend
@@ -34,6 +41,90 @@ _SAMPLED_TOKENS = 63
 _SHARE_BY_ROWS = 0.25
 # Wave quantisation: a gather of fewer rows is accepted for fuller waves, down to this share.
 _LEAST_GATHER = 0.5
+# Where dC's memory holds logits of the first rows of the order: of so many of all rows. A model in
+# training keeps 10% to 14%, next to all of them first in the order.
+_KEPT_SHARE = 1 / 7
+# And they and the sum of dE take at most so much of that memory.
+_LATE_SHARE = 0.9
+
+
+class LateRows(NamedTuple):
+    """The last rows of dC, in whose memory something else lies until all of dC is written.
+
+    Without kept logits it holds the gradient of the logits during the walk; with them, from the
+    forward pass on, first the sum of dE, then those logits, which make place for their gradient.
+
+    Attributes:
+        first_row: the first late row.
+        columns: how many logits per token are kept, whole tiles, of the first rows of the order.
+        sum_byte: where in dC's memory the sum of dE may begin, (N, D) in fp32; -1 without logits.
+        first_byte: where the logits or their gradient begin.
+    """
+
+    first_row: int
+    columns: int
+    sum_byte: int
+    first_byte: int
+
+    @classmethod
+    def without_logits(cls, weight: Tensor, itemsize: int) -> LateRows:
+        """Args:
+        weight: (V, D) local rows.
+        itemsize: bytes of a number of dC.
+        """
+        vocab, hidden = weight.shape
+        first_row = vocab - vocab // 4
+        return cls(first_row, 0, -1, aligned(first_row * hidden * itemsize))
+
+    @classmethod
+    def with_logits(
+        cls, num_tokens: int, weight: Tensor, itemsize: int, tile: int
+    ) -> LateRows | None:
+        """As many logits as are worth it and fit; None for none.
+
+        Args:
+            num_tokens: N.
+            weight, itemsize: as above.
+            tile: B.
+        """
+        vocab, hidden = weight.shape
+        row, column = hidden * itemsize, 2 * gradient_pitch(num_tokens)
+        sums = aligned(4 * num_tokens * hidden) + 2 * ALIGNMENT
+        tiles = min(
+            max(1, int(_KEPT_SHARE * vocab) // tile),
+            vocab // tile,
+            int(_LATE_SHARE * vocab * row - sums) // (column * tile) if column else 0,
+        )
+        if tiles <= 0 or row % 4:  # the sum's rows would not start at whole numbers
+            return None
+        first_row = vocab - -(-(sums + tiles * tile * column) // row)
+        sum_byte = aligned(first_row * row)
+        first_byte = sum_byte + aligned(4 * num_tokens * hidden)
+        return cls(first_row, tiles * tile, sum_byte, first_byte)
+
+    def kept(self, grad_weight: Tensor, tile_max: Tensor, tile: int) -> KeptLogits:
+        """The kept logits, their maxima being `tile_max`, (columns / B, N) fp32."""
+        return KeptLogits.inside(grad_weight, tile_max, tile, self.first_byte)
+
+
+def lend(
+    logits: LocalLogits, dtype: torch.dtype, tile: int
+) -> tuple[Tensor, KeptLogits] | tuple[None, None]:
+    """dC's memory, not yet written, and room for logits in it, if any fit.
+
+    Args:
+        logits: of all tokens.
+        dtype: of dC.
+        tile: B.
+    """
+    num_tokens = logits.target.shape[0]
+    late = LateRows.with_logits(num_tokens, logits.weight, dtype.itemsize, tile)
+    if late is None:
+        return None, None
+    made = logits.input.new_empty
+    lent = made(logits.weight.shape, dtype=dtype)
+    tile_max = made((late.columns // tile, num_tokens), dtype=torch.float32)
+    return lent, late.kept(lent, tile_max, tile)
 
 
 class SortedStatistics(NamedTuple):
@@ -125,6 +216,12 @@ def mass_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if dtype.itemsize == 2 else dtype
 
 
+def row_pitch(hidden: int, itemsize: int) -> int:
+    """Elements from one gathered row to the next: rows start at whole units of 16 bytes."""
+    step = 16 // itemsize
+    return -(-hidden // step) * step
+
+
 @functools.lru_cache(maxsize=256)
 def rows_per_gather(
     available: int, row_bytes: int, tile: int, vocab: int, token_blocks: int, programs: int
@@ -169,11 +266,13 @@ class Ordered(NamedTuple):
         normaliser_2N: Tensor,
         terms: LossTerms,
         budget: float,
+        kept: KeptLogits | None,
     ) -> FarField:
         """The masses under the global normaliser, and the tiles to keep.
 
         Args:
             packed_RN, normaliser_2N: of the global vocabulary.
+            kept: logits that are kept, or None.
         """
         masses = backend.tile_masses(
             self.statistics.tiles,
@@ -183,6 +282,7 @@ class Ordered(NamedTuple):
             ignore_index=terms.ignore_index,
             budget=RankBudget.of(budget, logits.shape[1], terms.vocab_size),
             slopes=_needs_slopes(logits, terms.label_smoothing > 0),
+            leading=0 if kept is None else len(kept.tile_max),
         )
         target_logit = packed_RN[StatRows.TARGET].clone()
         return FarField(self.order, self.place, target_logit, self.statistics.means, *masses)
@@ -194,13 +294,31 @@ def _needs_slopes(logits: LocalLogits, smoothing: bool) -> bool:
 
 
 def sorted_statistics(
-    backend: Backend, logits: LocalLogits, rows: StatRows, workspace_bytes: int
+    backend: Backend,
+    logits: LocalLogits,
+    rows: StatRows,
+    workspace_bytes: int,
+    lent: Tensor | None,
+    kept: KeptLogits | None,
 ) -> Ordered:
-    """Statistics of this rank's logits, over its vocabulary in sorted order."""
-    available = for_buffers(workspace_bytes, logits.target.shape[0])
+    """Statistics of this rank's logits, over its vocabulary in sorted order.
+
+    Args:
+        lent, kept: of `lend`. What of dC's memory is not for logits holds rows meanwhile.
+    """
+    num_tokens, hidden = logits.input.shape
+    available = for_buffers(workspace_bytes, num_tokens)
     order = _mass_order(backend, logits, available)
     place, target = backend.target_places(order, logits.target, logits.first_id)
-    made = backend.sorted_statistics(logits, order, target, rows, available)
+    free = None
+    if lent is not None and kept is not None:
+        itemsize = logits.weight.itemsize
+        late = LateRows.with_logits(num_tokens, logits.weight, lent.itemsize, kept.tile)
+        assert late is not None
+        pitch = row_pitch(hidden, itemsize)
+        shape = (late.first_byte // (pitch * itemsize), hidden)
+        free = memory_of(lent, 0, shape, logits.weight.dtype, pitch)
+    made = backend.sorted_statistics(logits, order, target, rows, available, free, kept)
     return Ordered(made, order, place)
 
 
@@ -257,7 +375,7 @@ def empty(logits: LocalLogits, tile: int, *, slopes: bool) -> list[Tensor]:
 class KeptRows(NamedTuple):
     """The rows of the kept tiles, in sorted order, on the device.
 
-    Rows from `first_late_row` on are late. What is left of a list is -1, of `home` anything.
+    Which rows are late: `LateRows`. What is left of a list is -1, of `home` anything.
 
     Attributes:
         rows: (V,) int64 local rows.
@@ -329,8 +447,12 @@ class FarBackward:
     number, is the one host synchronisation of the filtered pass.
 
     Attributes:
+        late: what dC's memory holds meanwhile.
         kept: the rows of the kept tiles, in sorted order; after `wait` no more than those.
         column: (N,) int64 the target's place among them, or -1.
+        tiles: (T,) int32, 1 for a kept tile.
+        run: after `wait`, how many of the rows whose logits are kept come before the first tile
+            that is not.
         nbytes: of all that lives during the whole pass, beside its strips.
     """
 
@@ -342,21 +464,24 @@ class FarBackward:
         upstream: LogitGradient,
         unscale: Tensor | None,
         *,
+        late: LateRows,
         weight: Tensor | None,
         accumulate: bool,
         bias: bool,
     ) -> None:
         """
         Args:
+            late: those of dC.
             weight: dC, (V, D), or None if it is not wanted.
             accumulate: add to `weight`.
             bias: whether the bias gradient is wanted.
         """
         self._backend, self._far, self._logits, self._unscale = backend, far, logits, unscale
-        self._weight, self._accumulate = weight, accumulate
+        self._weight, self._accumulate, self.late, self.run = weight, accumulate, late, 0
         self._tile = tile = backend.tile_rows(logits.input)
         vocab = logits.weight.shape[0]
-        kept = backend.kept_rows(far.kept, far.order, tile, first_late_row(vocab))
+        kept = backend.kept_rows(far.kept, far.order, tile, late.first_row)
+        self.tiles = far.kept
         self.kept, self._flags = kept, _HostCopy(kept.flags)
         self._targets = backend.plan_targets(far, kept.slot, upstream, logits)
         self.column = self._targets.column
@@ -367,7 +492,7 @@ class FarBackward:
         # Nobody reads these rows before all of dC is written, whichever way.
         self._written = 0
         if not accumulate:
-            self._write_weight(first_late_row(vocab), targets=False)
+            self._write_weight(late.first_row, targets=False)
         made = 0 if self._gradient is None else _nbytes(self._gradient.weight)
         self.nbytes = far.nbytes + self._summed.nbytes + made + 27 * vocab
 
@@ -378,6 +503,8 @@ class FarBackward:
         # The last tile is kept if it is not full.
         count = sum(kept_tiles) * tile - (len(kept_tiles) * tile - vocab)
         self.kept = self.kept.first(count, sum(late_rows))
+        most = self.late.columns // tile
+        self.run = tile * ([*kept_tiles[:most], 0].index(0))
 
     def _far_gradient(self, wants_weight: bool) -> FarGradient:
         far, input = self._far, self._logits.input
@@ -478,8 +605,3 @@ class _HostCopy:
 
 def _nbytes(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.nbytes
-
-
-def first_late_row(vocab: int) -> int:
-    """From this local row on, the memory of dC may hold something else during the walk."""
-    return vocab - vocab // 4

@@ -20,7 +20,7 @@ from torch import Tensor
 from cce_tp import far_field, sharding
 from cce_tp.backend import Backend, backend
 from cce_tp.backward import GradientSinks, gradients
-from cce_tp.far_field import FarField
+from cce_tp.far_field import FarField, LateRows
 from cce_tp.problem import (
     KeptLogits,
     LocalLogits,
@@ -199,20 +199,26 @@ def _loss(*arguments: Any) -> _LossOutputs:
         else:
             if arriving is not None:
                 arriving.wait()
-            ordered = far_field.sorted_statistics(chosen, whole, rows, budget)
+            if lent_dtype != NOT_WANTED and not copies_operands(whole.input):
+                dtype, tile = _DTYPES[lent_dtype], chosen.tile_rows(whole.input)
+                lent, kept = far_field.lend(whole, dtype, tile)
+            ordered = far_field.sorted_statistics(chosen, whole, rows, budget, lent, kept)
             packed = ordered.statistics.packed
         if group:
             packed = sharding.merge_over_group(packed, rows, group)
         made = chosen.token_loss(packed, logits.target, rows, terms)
         far: list[Tensor] = []
+        chosen_tiles = None
         if kept is not None:
             far = [kept.below_max if lent is None else lent, kept.tile_max]
         if ordered is not None:
             assert far_budget is not None
-            chosen_tiles = ordered.choose(chosen, whole, packed, made.normaliser, terms, far_budget)
-            far = [*chosen_tiles]
+            chosen_tiles = ordered.choose(
+                chosen, whole, packed, made.normaliser, terms, far_budget, kept
+            )
+            far += chosen_tiles
         if far_budget is not None and rows.argmax:
-            totals = far_field.totals(chosen_tiles if far else None, packed)
+            totals = far_field.totals(chosen_tiles, packed)
             if group:
                 totals = sharding.sum_over_group(totals, group)
             far = [*far, totals]
@@ -245,13 +251,17 @@ def _loss_fake(*arguments: Any) -> _LossOutputs:
     flags, (far_budget, keep_logits_bytes, lent_dtype, *_, cap, impl) = rest[:3], rest[3:]
     rows, num_tokens = StatRows(*flags), logits.target.shape[0]
     far: list[Tensor] = []
-    if far_budget is None and (keep_logits_bytes > 0 or lent_dtype != NOT_WANTED):
+    if keep_logits_bytes > 0 or lent_dtype != NOT_WANTED:
         tile, lent = backend(impl).tile_rows(logits.input), None
-        if lent_dtype != NOT_WANTED:
+        if lent_dtype == NOT_WANTED:
+            kept = KeptLogits.empty(logits, tile, keep_logits_bytes)
+        elif far_budget is None:
             budget = _budget(cap, logits, terms.vocab_size)
             lent, kept = _kept_inside(logits, lent_dtype, tile, budget)
+        elif _has_logits(logits) and not copies_operands(logits.input):
+            lent, kept = far_field.lend(logits, _DTYPES[lent_dtype], tile)
         else:
-            kept = KeptLogits.empty(logits, tile, keep_logits_bytes)
+            kept = None
         if kept is not None:
             far = [kept.below_max if lent is None else lent, kept.tile_max]
     if far_budget is not None:
@@ -307,15 +317,22 @@ def _gradients(*arguments: Any) -> _Gradients:
             vocab_size=terms.vocab_size,
         )
         budget = _budget(workspace_bytes, logits, terms.vocab_size)
-        kept = ordered = None
-        if len(far) == len(FarField._fields):
-            ordered = FarField(*far)
-        elif far and lent:
+        tile = chosen.tile_rows(whole.input)
+        logits_kept, left = split_far(far)
+        ordered = FarField(*left) if left else None
+        kept = None
+        if lent:
             assert grad_weight_out is not None
-            (tile_max,) = far
-            kept = KeptLogits.inside(grad_weight_out, tile_max, chosen.tile_rows(whole.input))
-        elif far:
-            kept = KeptLogits(*far, tile=chosen.tile_rows(whole.input))
+            (tile_max,) = logits_kept
+            if ordered is None:
+                kept = KeptLogits.inside(grad_weight_out, tile_max, tile)
+            else:
+                size = (whole.target.shape[0], whole.weight, grad_weight_out.itemsize, tile)
+                late = LateRows.with_logits(*size)
+                assert late is not None
+                kept = late.kept(grad_weight_out, tile_max, tile)
+        elif logits_kept:
+            kept = KeptLogits(*logits_kept, tile=tile)
         with FullPrecisionSums(whole.input.dtype):
             gradients(
                 chosen,
@@ -341,6 +358,13 @@ def _gradients_fake(*arguments: Any) -> _Gradients:
     return _empty_gradients(logits, dtypes)
 
 
+def split_far(far: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What a loss keeps for its backward pass: of kept logits, if any; of a FarField, if any."""
+    count = len(FarField._fields)
+    at = len(far) - count if len(far) >= count else len(far)
+    return far[:at], far[at:]
+
+
 # A gradient's dtype crosses the operator's schema as a number; -1 means that it is not wanted.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NOT_WANTED = -1
@@ -362,11 +386,11 @@ def _empty_gradients(logits: LocalLogits, dtypes: list[int]) -> _Gradients:
 
 
 # -> loss, (2, N) normaliser, number of tokens that count, packed statistics (if argmax is asked),
-# and what is kept for the backward pass: with a far_budget the fields of a FarField (none if this
-# rank has no logits), then its totals (if argmax is asked); with keep_logits_bytes the tensors of a
-# KeptLogits (none if no tile fits); with `lent_dtype` those too, but dC, of that dtype and as yet
-# unwritten, for the tensor in whose memory they lie. In a group the first call with new terms is a
-# handshake.
+# and what is kept for the backward pass: with keep_logits_bytes the tensors of a KeptLogits (none
+# if no tile fits); with `lent_dtype` those too, but dC, of that dtype and as yet unwritten, for the
+# tensor in whose memory they lie; then, with a far_budget, the fields of a FarField (none if this
+# rank has no logits), and its totals (if argmax is asked). In a group the first call with new terms
+# is a handshake.
 loss = _define(
     "loss",
     f"({_LOGITS_SCHEMA}, {_TERMS_SCHEMA}, {_ROWS_SCHEMA}, float? far_budget, "
@@ -377,9 +401,9 @@ loss = _define(
     _loss_fake,
 )
 # -> (dE, dC, dbias); dtypes: three numbers of `dtype_code`, or NOT_WANTED. dE is summed over the
-# group, if one is named. far: the fields of a FarField, the tensors of a KeptLogits, or none.
-# grad_weight_out is added to; or, if it is `lent`, overwritten: its memory holds the kept logits,
-# whose other tensor is alone in `far`.
+# group, if one is named. far: the tensors of a KeptLogits or none, then the fields of a FarField or
+# none. grad_weight_out is added to; or, if it is `lent`, overwritten: its memory holds the kept
+# logits, whose other tensor alone is in `far`.
 input_weight_gradients = _define(
     "gradients",
     f"({_LOGITS_SCHEMA}, {_TERMS_SCHEMA}, Tensor upstream, Tensor normaliser, Tensor count, "

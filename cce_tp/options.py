@@ -86,14 +86,19 @@ class Settings:
                 "0 with keep_logits_in_grad, which is another place for them",
                 repr(self.keep_logits_bytes),
             )
-        for name, none in (("keep_logits_bytes", 0), ("keep_logits_in_grad", False)):
-            if getattr(self, name) and self.grad_filter.kind != "exact":
-                kind = self.grad_filter.kind
-                fail(
-                    name,
-                    f"{none} with grad_filter {kind!r}, which has its own order of rows",
-                    repr(getattr(self, name)),
-                )
+        kind = self.grad_filter.kind
+        if self.keep_logits_bytes > 0 and kind != "exact":
+            fail(
+                "keep_logits_bytes",
+                f"0 with grad_filter {kind!r}, which has its own order of rows",
+                repr(self.keep_logits_bytes),
+            )
+        if self.keep_logits_in_grad and kind == "paper":
+            fail(
+                "keep_logits_in_grad",
+                f"False with grad_filter {kind!r}, which chooses its tiles in the backward pass",
+                "True",
+            )
 
 
 def fail(argument: str, expected: str, got: str) -> NoReturn:

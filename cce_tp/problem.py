@@ -119,21 +119,24 @@ class KeptLogits(NamedTuple):
         return cls(below_max[:, :num_tokens], tile_max, tile)
 
     @classmethod
-    def inside(cls, grad_weight: Tensor, tile_max: Tensor, tile: int) -> KeptLogits:
+    def inside(
+        cls, grad_weight: Tensor, tile_max: Tensor, tile: int, first_byte: int | None = None
+    ) -> KeptLogits:
         """In the memory of dC: all columns at its end, or the first ones at its start.
 
         Args:
             grad_weight: (V, D) contiguous.
             tile_max: (tiles, N), as many tiles as are kept.
             tile: columns per tile.
+            first_byte: where they begin, if elsewhere.
         """
         tiles, num_tokens = tile_max.shape
         vocab, pitch = grad_weight.shape[0], gradient_pitch(num_tokens)
-        columns, first = min(tiles * tile, vocab), 0
-        if columns == vocab:
-            first = grad_weight.nbytes - vocab * pitch * 2
+        columns = min(tiles * tile, vocab)
+        if first_byte is None:
+            first_byte = grad_weight.nbytes - vocab * pitch * 2 if columns == vocab else 0
         shape = (columns, num_tokens)
-        below_max = memory_of(grad_weight, first, shape, torch.float16, pitch)
+        below_max = memory_of(grad_weight, first_byte, shape, torch.float16, pitch)
         return cls(below_max, tile_max, tile, in_grad=True)
 
     @property

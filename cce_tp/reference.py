@@ -104,11 +104,18 @@ def _keep(
 
 
 def grad_kept(
-    kept: KeptLogits, start: int, logits: LocalLogits, upstream: LogitGradient, out: Tensor
+    kept: KeptLogits,
+    start: int,
+    logits: LocalLogits,
+    upstream: LogitGradient,
+    out: Tensor,
+    tiles: Tensor | None,
 ) -> None:
     """As `kernels.backward.grad_kept`."""
     for v0, v1 in blocks(out.shape[0], TILE_V):
         columns = torch.arange(start + v0, start + v1, device=out.device)
+        if tiles is not None and not tiles[columns // kept.tile].any():
+            continue
         x_VN = kept.below_max[start + v0 : start + v1].to(kept.tile_max.dtype)
         x_VN = x_VN + kept.tile_max[columns // kept.tile]
         g_NV = _gradient_of(x_VN.t(), logits.columns(v0, v1), upstream)
@@ -269,7 +276,13 @@ def _cap_slope(logits: LocalLogits, x_NV: Tensor) -> Tensor:
 
 
 def sorted_statistics(
-    logits: LocalLogits, order: Tensor, target: Tensor, rows: StatRows, workspace_bytes: int
+    logits: LocalLogits,
+    order: Tensor,
+    target: Tensor,
+    rows: StatRows,
+    workspace_bytes: int,
+    free: Tensor | None,
+    kept: KeptLogits | None,
 ) -> SortedStatistics:
     """As `kernels.far_field.sorted_statistics`; the tiles' rows: maximum m, sum of exp(x - m), of
     its square, of it times the cap's derivative, and of that derivative."""
@@ -297,6 +310,9 @@ def sorted_statistics(
             made = (exp_NV * exp_NV, exp_NV * slope_NV, slope_NV)
             sums = [tile[0], tile[1], *(each.sum(dim=1) for each in made)]
             tiles[index, :, n0:n1] = torch.stack(sums)
+            if kept is not None and start < kept.columns:
+                kept.below_max[start : start + TILE_V, n0:n1] = (x_NV - base_N[:, None]).t()
+                kept.tile_max[index, n0:n1] = base_N
     return SortedStatistics(merged, tiles, means)
 
 
@@ -309,6 +325,7 @@ def tile_masses(
     ignore_index: int,
     budget: RankBudget,
     slopes: bool,
+    leading: int,
 ) -> TileMasses:
     """As `kernels.far_field.tile_masses`."""
     vocab, num_tiles = logits.weight.shape[0], tiles.shape[0]
@@ -332,6 +349,11 @@ def tile_masses(
     kept = ~((left_T <= allowed) & (largest_T <= LARGEST_FAR_MASS))
     kept[-1] |= vocab % TILE_V != 0
     kept[0] = True  # never none: the first holds the likeliest rows
+    if leading:
+        first = kept[:leading]
+        number = torch.arange(1, leading + 1, device=kept.device)
+        dense = first & (4 * first.cumsum(dim=0) >= 3 * number)
+        first |= number <= torch.where(dense, number, 0).amax()
     dtype = mass_dtype(logits.input.dtype)
     slope = tiles[:, 4] if slopes else tiles[:0, 4]
     mass = tiles[:, 3] * scale_TN

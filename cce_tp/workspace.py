@@ -81,6 +81,11 @@ def default_workspace_bytes(num_tokens: int, hidden: int, vocab_size: int) -> in
     return max(floor, int(_DEFAULT_SHARE * 2 * num_tokens * vocab_size))
 
 
+def aligned(first_byte: int) -> int:
+    """The first byte from this one on at which a lent rectangle may start."""
+    return -(-first_byte // ALIGNMENT) * ALIGNMENT
+
+
 def gradient_pitch(num_tokens: int) -> int:
     """Elements from one row of G^T, or of kept logits, to the next: rows start aligned for the
     tensor memory accelerator."""
@@ -448,6 +453,59 @@ def plan_head(sizes: BackwardSizes, workspace_bytes: int, tile: int) -> Head | N
     return Head(columns, borrow) if columns > 0 else None
 
 
+class RunPlan(NamedTuple):
+    """A walk over listed rows, of the first of which dC's memory holds the kept logits.
+
+    Attributes:
+        strip: columns at a time of dC.
+        held: late rows are held until the walk is done; or one strip is all of them.
+        rest: the walk of the others, or None if there are none.
+    """
+
+    strip: int
+    held: bool
+    rest: TokenWalk | None
+
+
+@functools.lru_cache(maxsize=256)
+def rows_ahead(sizes: BackwardSizes, workspace_bytes: int, columns: int) -> int | None:
+    """Rows to gather at a time for dE of so many columns; None if that does not fit well."""
+    available = _available(sizes, workspace_bytes)
+    rows = _fit(available, sizes.strip_row, columns, _STRIP_STEP)
+    return rows if rows * sizes.strip_row <= available else None
+
+
+@functools.lru_cache(maxsize=256)
+def plan_run(sizes: BackwardSizes, workspace_bytes: int, run: int, rest: int) -> RunPlan | None:
+    """None if that does not fit well.
+
+    Args:
+        sizes: with the others as the vocabulary, or with anything if there are none; the sum of dE
+            lies in the memory of dC.
+        run: columns whose logits are kept.
+        rest: how many others there are.
+    """
+    sizes = sizes._replace(token_row=0)
+    available = _available(sizes, workspace_bytes)
+    if rest == 0 and run * sizes.weight_row <= available:
+        return RunPlan(run, held=False, rest=None)
+    room = available - sizes.loan_bytes
+    strip = _even(_fit(room, sizes.weight_row, run, _STRIP_STEP), run)
+    if strip * sizes.weight_row > room:
+        return None
+    if rest == 0:
+        return RunPlan(strip, held=True, rest=None)
+    found = _token_walk(sizes, available, sizes.tokens, weight=True, borrow=False)
+    walks = [walk for _, (walk,) in found if isinstance(walk, TokenWalk) and walk.loan]
+    return RunPlan(strip, held=True, rest=walks[0]) if walks else None
+
+
+def _even(strip: int, size: int) -> int:
+    """Equal strips instead of these: a short last one would be as slow as a long one."""
+    count = -(-size // strip)
+    return min(strip, -(-size // (_STRIP_STEP * count)) * _STRIP_STEP)
+
+
 @functools.lru_cache(maxsize=256)
 def plan_rest(sizes: BackwardSizes, workspace_bytes: int, borrow: bool) -> TokenWalk:
     """The walk of what a head left, with dE's accumulator as it is."""
@@ -460,16 +518,18 @@ def plan_rest(sizes: BackwardSizes, workspace_bytes: int, borrow: bool) -> Token
     return TokenWalk(chunk=sizes.tokens, strip=min(16, sizes.vocab), weight=True, borrow=borrow)
 
 
-def pays(sizes: BackwardSizes, walks: tuple[Walk, ...], rows: int) -> bool:
+def pays(sizes: BackwardSizes, walks: tuple[Walk, ...], rows: int, *, run: int = 0) -> bool:
     """Whether walks over some of the rows are well below the exact pass over all.
 
     Args:
         sizes: of what is walked; what is done already does not count.
         rows: all of them.
+        run: rows beside those, whose gradient of the logits is done.
     """
     product = 2 * sizes.tokens * sizes.hidden / _FLOPS_PER_BYTE  # of one row
     products = 1 + sizes.need_input + sizes.need_weight
     cost = (products + len(walks) - 1) * product * sizes.vocab
+    cost += (products - 1) * product * run
     for walk in walks:
         if isinstance(walk, TokenWalk) and _sum_again(sizes) > _IN_CACHE:
             cost += max(0, -(-sizes.vocab // walk.strip) - 1) * _sum_again(sizes)
@@ -532,10 +592,7 @@ def _token_walk(
     loan_room = room - sizes.loan_bytes
     if weight and chunk == sizes.tokens and sizes.loan_columns >= 16 and loan_room >= 16 * row:
         strip = _fit(loan_room, row, sizes.vocab, _STRIP_STEP)
-        strip = min(strip, sizes.loan_columns - sizes.loan_columns % 16)
-        # Equal strips: a short last one would be as slow as a long one.
-        count = -(-sizes.vocab // strip)
-        strip = min(strip, -(-sizes.vocab // (_STRIP_STEP * count)) * _STRIP_STEP)
+        strip = _even(min(strip, sizes.loan_columns - sizes.loan_columns % 16), sizes.vocab)
         walk = TokenWalk(chunk=chunk, strip=strip, weight=True, loan=True, borrow=borrow)
         found.append((_price(sizes, walk), (walk,)))
     if room < min(16, sizes.vocab) * per_column:

@@ -89,10 +89,8 @@ class CceConfig:
                 f"{name}: expected not to be set together with --cce-keep-logits-mb, got both: "
                 "each is a place for the same logits; drop one"
             )
-        if inside and self.grad_filter.kind != "exact":
-            raise ValueError(
-                f"{name}: expected False with --cce-grad-filter {self.grad_filter.kind}, got True"
-            )
+        if inside and self.grad_filter.kind == "paper":
+            raise ValueError(f"{name}: expected False with --cce-grad-filter paper, got True")
 
     @classmethod
     def from_args(cls, args: Any) -> CceConfig:

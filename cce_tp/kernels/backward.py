@@ -37,6 +37,11 @@ from cce_tp.kernels.tile import (
 from cce_tp.kernels.tuning import ceil_div
 from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient
 
+# Tokens, columns and warps of a program that makes G of kept logits. Of eleven choices the fastest
+# on an H200: 142 us for 16384 columns of 8192 tokens, where copying them takes 128 and this with
+# twice the columns and warps 201.
+_KEPT_BLOCK = (128, 32, 4)
+
 
 @triton.jit
 def gradient_of(
@@ -94,6 +99,7 @@ def grad_kept_kernel(
     max_ptr,
     log_sum_ptr,
     out_ptr,
+    tiles_ptr,
     N,
     V,
     stride_below,
@@ -111,36 +117,44 @@ def grad_kept_kernel(
     HAS_SOFTCAP: tl.constexpr,
     TILE: tl.constexpr,
     ONE_TILE: tl.constexpr,
+    SKIP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """out (V, N): G^T of V kept columns from `start` on; tile_max (tiles, N) of all of them.
 
-    out may be the memory of the kept logits. ONE_TILE: the columns of a block are of one tile."""
+    out may be the memory of the kept logits. ONE_TILE: the columns of a block are of one tile.
+    SKIP, which needs that: nothing is done for tiles that are 0 in tiles_ptr."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     col = (tl.program_id(0) // blocks_n) * BLOCK_V
-    rows = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = col + tl.arange(0, BLOCK_V)
-    mask = (cols < V)[:, None] & (rows < N)[None, :]
-    at = cols[:, None].to(tl.int64) * stride_below + rows[None, :]
-    below = tl.load(below_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if ONE_TILE:
-        first = tile_max_ptr + ((start + col) // TILE).to(tl.int64) * N
-        x = tl.trans(below) + tl.load(first + rows, mask=rows < N, other=0.0)[:, None]
-    else:
-        tiles = ((start + cols) // TILE).to(tl.int64)
-        tile_max = tl.load(tile_max_ptr + tiles[:, None] * N + rows[None, :], mask=mask, other=0.0)
-        x = tl.trans(below + tile_max)
-    g, grad = gradient_of(
-        x, rows, col, target_ptr, grad_ptr, max_ptr, log_sum_ptr, N, V,
-        first_id, logit_softcap, z_loss, onehot_weight, uniform_weight,
-        BLOCK_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP,
-    )  # fmt: skip
-    if HAS_SCALE:
-        grad *= logit_scale
-    g *= grad[:, None]
-    out = out_ptr + cols[:, None].to(tl.int64) * stride_out + rows[None, :]
-    tl.store(out, tl.trans(g.to(out_ptr.dtype.element_ty)), mask=mask)
+    wanted = 1
+    if SKIP:
+        wanted = tl.load(tiles_ptr + (start + col) // TILE)
+    if wanted != 0:
+        rows = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+        cols = col + tl.arange(0, BLOCK_V)
+        mask = (cols < V)[:, None] & (rows < N)[None, :]
+        at = cols[:, None].to(tl.int64) * stride_below + rows[None, :]
+        below = tl.load(below_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        if ONE_TILE:
+            first = tile_max_ptr + ((start + col) // TILE).to(tl.int64) * N
+            x = tl.trans(below) + tl.load(first + rows, mask=rows < N, other=0.0)[:, None]
+        else:
+            tiles = ((start + cols) // TILE).to(tl.int64)
+            tile_max = tl.load(
+                tile_max_ptr + tiles[:, None] * N + rows[None, :], mask=mask, other=0.0
+            )
+            x = tl.trans(below + tile_max)
+        g, grad = gradient_of(
+            x, rows, col, target_ptr, grad_ptr, max_ptr, log_sum_ptr, N, V,
+            first_id, logit_softcap, z_loss, onehot_weight, uniform_weight,
+            BLOCK_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP,
+        )  # fmt: skip
+        if HAS_SCALE:
+            grad *= logit_scale
+        g *= grad[:, None]
+        out = out_ptr + cols[:, None].to(tl.int64) * stride_out + rows[None, :]
+        tl.store(out, tl.trans(g.to(out_ptr.dtype.element_ty)), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_id"])
@@ -351,7 +365,12 @@ def _grad_logits(
 
 
 def grad_kept(
-    kept: KeptLogits, start: int, logits: LocalLogits, upstream: LogitGradient, out: Tensor
+    kept: KeptLogits,
+    start: int,
+    logits: LocalLogits,
+    upstream: LogitGradient,
+    out: Tensor,
+    tiles: Tensor | None,
 ) -> None:
     """As `grad_logits`, of columns whose logits are kept.
 
@@ -361,12 +380,14 @@ def grad_kept(
         logits: N tokens against those V columns.
         upstream: gradient and global statistics of the tokens.
         out: (V, N) in the inputs' dtype, last dim contiguous; G^T, every element is written.
+        tiles: int32 by tile, 0 for one that may be left out; or None.
     """
     run = _grad_kept(
         LogitsForm.of(logits),
         (kept.below_max.stride(0), out.stride(0)),
         start,
         kept.tile,
+        tiles is not None,
         upstream.coefficients,
     )
     run(
@@ -377,6 +398,7 @@ def grad_kept(
         upstream.max_logit,
         upstream.log_sum,
         out,
+        tiles,
     )
 
 
@@ -386,10 +408,12 @@ def _grad_kept(
     strides: tuple[int, int],
     start: int,
     tile: int,
+    skips: bool,
     coefficients: tuple[float, float, float],
 ) -> Prepared:
     num_tokens, vocab, _ = form.shape
-    block_n, block_v = 128, 64
+    block_n, block_v, num_warps = _KEPT_BLOCK
+    one_tile = tile % block_v == 0 and start % block_v == 0
     return Prepared(
         grad_kept_kernel,
         ceil_div(num_tokens, block_n) * ceil_div(vocab, block_v),
@@ -397,10 +421,11 @@ def _grad_kept(
         stride_out=strides[1],
         start=start,
         TILE=tile,
-        ONE_TILE=tile % block_v == 0 and start % block_v == 0,
+        ONE_TILE=one_tile,
+        SKIP=skips and one_tile,
         BLOCK_N=block_n,
         BLOCK_V=block_v,
-        num_warps=8,
+        num_warps=num_warps,
         **_coefficient_arguments(coefficients),
         **form.size_arguments(),
     )

@@ -23,6 +23,7 @@ from cce_tp.far_field import (
     TargetPlan,
     TileMasses,
     mass_dtype,
+    row_pitch,
     rows_per_gather,
 )
 from cce_tp.filtering import LARGEST_FAR_MASS
@@ -30,8 +31,9 @@ from cce_tp.kernels import forward, tuning
 from cce_tp.kernels.launch import launch
 from cce_tp.kernels.tile import LOG2E
 from cce_tp.kernels.tuning import ceil_div
-from cce_tp.problem import LocalLogits, LogitGradient
+from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient
 from cce_tp.stats import StatRows
+from cce_tp.workspace import blocks
 
 _BLOCK_N = 1024
 _BLOCK_T = 128
@@ -386,6 +388,17 @@ def select_tiles_kernel(
         kept = tl.where(mine == T - 1, 1, kept)
     kept = tl.where(mine == 0, 1, kept)  # never none: the first holds the likeliest rows
     tl.store(kept_ptr + mine, kept, mask=mine < T)
+
+
+@triton.jit
+def fill_run_kernel(kept_ptr, leading, BLOCK_T: tl.constexpr):
+    """Keep all of the first tiles, up to the last kept one before which, and with it, three of four
+    are; of the first `leading` tiles, at most BLOCK_T. One program."""
+    tiles = tl.arange(0, BLOCK_T)
+    kept = tl.load(kept_ptr + tiles, mask=tiles < leading, other=0)
+    dense = (kept != 0) & (4 * tl.cumsum(kept, axis=0) >= 3 * (tiles + 1))
+    stop = tl.max(tl.where(dense, tiles + 1, 0), axis=0)
+    tl.store(kept_ptr + tiles, tl.full((BLOCK_T,), 1, dtype=tl.int32), mask=tiles < stop)
 
 
 @triton.jit
@@ -771,7 +784,11 @@ def plan_targets(
 
 
 def gather_rows(
-    weight: Tensor, rows: Tensor, tile: int = 256, means: Tensor | None = None
+    weight: Tensor,
+    rows: Tensor,
+    tile: int = 256,
+    means: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """weight[rows] (R, D), its rows aligned, and the mean of each `tile` of them into `means`.
 
@@ -780,10 +797,12 @@ def gather_rows(
         rows: (R,) int64; -1 for a row of zeros.
         tile: B.
         means: (ceil(R / B), D) contiguous, or None.
+        out: (R or more, D), its rows aligned, takes the rows; or None.
     """
     hidden = weight.shape[1]
-    step = 16 // weight.element_size()
-    made = weight.new_empty(len(rows), -(-hidden // step) * step)[:, :hidden]
+    if out is None:
+        out = weight.new_empty(len(rows), row_pitch(hidden, weight.itemsize))[:, :hidden]
+    made = out[: len(rows)]
     block_d = 64
     launch(
         gather_rows_kernel,
@@ -805,7 +824,13 @@ def gather_rows(
 
 
 def sorted_statistics(
-    logits: LocalLogits, order: Tensor, target: Tensor, rows: StatRows, workspace_bytes: int
+    logits: LocalLogits,
+    order: Tensor,
+    target: Tensor,
+    rows: StatRows,
+    workspace_bytes: int,
+    free: Tensor | None,
+    kept: KeptLogits | None,
 ) -> SortedStatistics:
     """`forward.statistics` over the vocabulary in another order, with the tiles and their means.
 
@@ -815,6 +840,8 @@ def sorted_statistics(
         target: (N,) int64 `logits.first_id` plus the target's place in the order, or -1.
         rows: optional statistics to compute.
         workspace_bytes: cap on the tile statistics and the gathered rows together.
+        free: (R, D) memory beside it for gathered rows, or None.
+        kept: takes the logits of the first rows of the order, or None.
     """
     num_tokens, vocab, hidden = logits.shape
     config, programs = tuning.config_for(logits.input)
@@ -822,25 +849,41 @@ def sorted_statistics(
     num_tiles = ceil_div(vocab, tile)
     tiles, merged = forward.empty_tiles(num_tiles, num_tokens, rows, logits.input, more=more)
     means = logits.weight.new_empty(num_tiles, hidden)
-    step = rows_per_gather(
-        workspace_bytes - tiles.nbytes - means.nbytes,
-        hidden * logits.weight.element_size(),
-        tile,
-        vocab,
-        ceil_div(num_tokens, config.block_n),
-        programs,
-    )
-    for start in range(0, vocab, step):
-        ids = order[start : start + step]
-        t0, t1 = start // tile, ceil_div(start + len(ids), tile)
-        part = logits._replace(
-            weight=gather_rows(logits.weight, ids, tile, means[t0:t1]),
-            bias=None if logits.bias is None else logits.bias.index_select(0, ids),
-            target=target,
-            first_id=logits.first_id + start,
+    available = workspace_bytes - tiles.nbytes - means.nbytes
+    row = hidden * logits.weight.element_size()
+    if free is not None and len(free) * row > max(available, tile * row):
+        available = len(free) * row
+    else:
+        free = None
+    keeps = 0 if kept is None else kept.columns
+    for first, last in ((0, keeps), (keeps, vocab)):
+        step = rows_per_gather(
+            available,
+            row,
+            tile,
+            last - first,
+            ceil_div(num_tokens, config.block_n),
+            programs,
         )
-        forward.tile_statistics(part, rows, tiles[t0:t1], merged, ids=ids, masses=True)
-        del part  # before the next rows are gathered
+        for start, stop in blocks(last - first, step):
+            start, stop = first + start, first + stop
+            ids = order[start:stop]
+            t0, t1 = start // tile, ceil_div(stop, tile)
+            part = logits._replace(
+                weight=gather_rows(logits.weight, ids, tile, means[t0:t1], free),
+                bias=None if logits.bias is None else logits.bias.index_select(0, ids),
+                target=target,
+                first_id=logits.first_id + start,
+            )
+            keep = None
+            if kept is not None and stop <= keeps:
+                keep = kept.below_max[start:stop]
+            forward.tile_statistics(
+                part, rows, tiles[t0:t1], merged, ids=ids, masses=True, keep=keep
+            )
+            del part  # before the next rows are gathered
+    if kept is not None:
+        forward.keep_maxima(tiles, kept.tile_max)
     forward.merge_tiles(target, logits.first_id, vocab, rows, tiles, merged)
     return SortedStatistics(merged, tiles, means)
 
@@ -854,6 +897,7 @@ def tile_masses(
     ignore_index: int,
     budget: RankBudget,
     slopes: bool,
+    leading: int,
 ) -> TileMasses:
     """Each tile's share of each token's softmax, and which tiles to keep.
 
@@ -865,6 +909,8 @@ def tile_masses(
         ignore_index: target of a token that does not count.
         budget: of this rank.
         slopes: also keep the sums of the cap's derivative.
+        leading: among so many of the first tiles, all up to the last kept one are kept that follows
+            on enough others: their logits lie in one piece.
     """
     num_tiles, per_tile, num_tokens = tiles.shape
     vocab = logits.weight.shape[0]
@@ -909,6 +955,15 @@ def tile_masses(
         BLOCK_T=_BLOCK_T,
         num_warps=4,
     )
+    if leading:
+        launch(
+            fill_run_kernel,
+            1,
+            kept_ptr=kept,
+            leading=leading,
+            BLOCK_T=triton.next_power_of_2(leading),
+            num_warps=4,
+        )
     return TileMasses(mass, slope, totals[1:3], kept)
 
 

@@ -105,13 +105,14 @@ def tile_statistics_kernel(
             tl.store(merged_ptr + 2 * N + rows, tl.sum(found, axis=1), mask=here)
         max_x = tl.max(x, axis=1)
         shifted = x - tl.where(max_x == float("-inf"), 0.0, max_x)[:, None]
-        exp_x = tl.exp2(shifted * LOG2E)
         if KEEP:
-            # Through pointers: Triton 3.7 cannot build it with a descriptor for Blackwell.
+            # Through pointers: with a descriptor it is no faster, and Triton 3.7 cannot build that
+            # for Blackwell.
             store_tile(
                 keep, block_v * BLOCK_V, block_n * BLOCK_N, V, N, stride_keep,
                 tl.trans(shifted.to(tl.float16)), BLOCK_V, BLOCK_N, False,
             )  # fmt: skip
+        exp_x = tl.exp2(shifted * LOG2E)
 
         out = tiles_ptr + block_v.to(tl.int64) * ROWS * N + rows
         valid = rows < N
@@ -252,17 +253,18 @@ def statistics(
         part, tiles = _statistics_of(logits.columns(start, stop), rows, keep)
         if kept is not None and keep is not None:
             first = start // kept.tile
-            torch.nan_to_num(
-                tiles[:, 0],
-                nan=torch.nan,
-                neginf=0.0,
-                posinf=torch.inf,
-                out=kept.tile_max[first : first + len(tiles)],
-            )
+            keep_maxima(tiles, kept.tile_max[first : first + len(tiles)])
         del tiles  # before the next launch's are allocated
         merged = part if merged is None else stats.merge(torch.stack([merged, part]), rows)
     assert merged is not None
     return merged
+
+
+def keep_maxima(tiles: Tensor, out: Tensor) -> None:
+    """What kept logits are below of: out (t, N) = the maxima of the first t of (T, tile rows, N)
+    tiles; 0 for a tile of -inf alone."""
+    maxima = tiles[: len(out), 0]
+    torch.nan_to_num(maxima, nan=torch.nan, neginf=0.0, posinf=torch.inf, out=out)
 
 
 def _statistics_of(

@@ -122,9 +122,10 @@ def _ours(make_filter: Callable[[], GradFilter]) -> Callable[[Problem], Ours]:
     def build(problem: Problem) -> Ours:
         options = problem.options
         cap, chosen = options.workspace_mib, make_filter()
-        keeps = options.keep_logits_mib > 0 or options.keep_logits_in_grad
-        if keeps and chosen.kind != "exact":
-            raise NotAvailable("logits are kept with the exact filter alone")
+        if options.keep_logits_mib > 0 and chosen.kind != "exact":
+            raise NotAvailable("a size of logits is kept with the exact filter alone")
+        if options.keep_logits_in_grad and chosen.kind == "paper":
+            raise NotAvailable("the paper's filter keeps no logits")
         try:
             loss = LinearCrossEntropyLoss(
                 vocab_shard=_shard(problem),

@@ -1,0 +1,416 @@
+"""keep_logits_in_grad with the far field: logits of the first rows of the order in dC's memory.
+
+Legend: N tokens, V vocabulary rows, D hidden size, T tiles of the sorted vocabulary, B rows per
+tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import cce_tp
+from backward_passes import operands_as_they_are
+from cce_tp import backward, far_field
+from cce_tp.backend import backend
+from cce_tp.far_field import LateRows, RankBudget
+from cce_tp.problem import LocalLogits
+from cce_tp.workspace import ALIGNMENT, gradient_pitch
+from oracle import Operands, Outcome, dense
+from problems import call, even_bounds, restrict, same_bits
+from ranks import Rank, RankPool
+from sharding_cases import shard_of
+from tolerance import relative_error
+from variants import DEVICE, LOW_IMPL_DTYPES
+
+EVERYTHING: dict[str, Any] = {
+    "reduction": "none",
+    "label_smoothing": 0.1,
+    "z_loss": 1e-3,
+    "logit_scale": 1.3,
+    "logit_softcap": 30.0,
+}
+BUDGET = 0.05
+# Of the two ways to the same gradients.
+CLOSE = 5e-3
+
+
+def tile_of(impl: str, dtype: torch.dtype) -> int:
+    return backend(impl).tile_rows(torch.empty(0, dtype=dtype, device=DEVICE))
+
+
+def trained(
+    impl: str,
+    dtype: torch.dtype,
+    *,
+    tiles: int = 24,
+    more: int = 0,
+    tokens: int = 50,
+    hidden: int = 64,
+    steep: float = 4.0,
+    device: str = DEVICE,
+) -> Operands:
+    """So many tiles of rows, whose probability falls by so many nats over each eighth of them."""
+    vocab = tiles * tile_of(impl, dtype) + more
+    random = torch.Generator().manual_seed(tiles + more)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=random)
+
+    direction = normal(hidden)
+    direction /= direction.norm()
+    level = torch.linspace(0.0, -8 * steep, vocab)[torch.randperm(vocab, generator=random)]
+    weight = 0.3 * normal(vocab, hidden) / hidden**0.5 + level[:, None] * direction / 3
+    input = normal(tokens, hidden) / hidden**0.5 + 3 * direction
+    probabilities = (input @ weight.t()).softmax(dim=1)
+    target = torch.multinomial(probabilities, 1, generator=random)[:, 0]
+    target[::5] = torch.randint(0, vocab, (len(target[::5]),), generator=random)
+    target[3::9] = -100
+    return Operands(
+        input=input.to(device, dtype),
+        weight=weight.to(device, dtype),
+        bias=(0.1 * normal(vocab)).to(device, dtype),
+        target=target.to(device),
+        upstream=normal(tokens).to(device),
+    )
+
+
+class Walked(NamedTuple):
+    """What a backward pass did with kept logits.
+
+    Attributes:
+        done: the walk's result: True, False (it did not pay), or None (it did not fit).
+        kept, run, count: columns whose logits were kept; how many of them led the rows that were
+            walked; how many those were.
+    """
+
+    done: bool | None
+    kept: int
+    run: int
+    count: int
+
+
+@contextmanager
+def walks() -> Iterator[list[Walked]]:
+    """Yields what each backward pass did whose logits were kept."""
+    found: list[Walked] = []
+    walk = backward._BackwardPass._walk_run
+
+    def spy(self: Any, far: Any, kept: Any, workspace_bytes: int) -> bool | None:
+        done = walk(self, far, kept, workspace_bytes)
+        found.append(Walked(done, kept.columns, far.run, self.columns.count))
+        return done
+
+    with mock.patch.object(backward._BackwardPass, "_walk_run", spy):
+        yield found
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu() -> Iterator[None]:
+    with operands_as_they_are():
+        yield
+
+
+def solve(operands: Operands, impl: str, budget: float = BUDGET, **options: Any) -> Outcome:
+    chosen = cce_tp.GradFilter.far_field(budget)
+    return call(operands, {"reduction": "none", "impl": impl, "grad_filter": chosen, **options})
+
+
+def kept(operands: Operands, impl: str, **options: Any) -> tuple[Outcome, Walked]:
+    with walks() as found:
+        outcome = solve(operands, impl, keep_logits_in_grad=True, **options)
+    (walked,) = found
+    return outcome, walked
+
+
+def check_same(outcome: Outcome, expected: Outcome) -> None:
+    assert relative_error(outcome.loss, expected.loss) < 1e-5
+    for name in ("grad_input", "grad_weight", "grad_bias"):
+        assert relative_error(getattr(outcome, name), getattr(expected, name)) < CLOSE, name
+
+
+# Steepness and ragged rows for each way: all rows that are walked are kept in one piece; with the
+# short last tile, which is always kept, behind them; with more of them than logits.
+WAYS: dict[str, dict[str, Any]] = {
+    "run": {"steep": 8.0},
+    "stray": {"steep": 8.0, "more": 13},
+    "rest": {"steep": 1.6, "more": 5},
+}
+
+
+def check_way(walked: Walked, way: str) -> None:
+    assert walked.done
+    if way == "run":
+        assert walked.run == walked.count <= walked.kept
+    else:
+        assert walked.run < walked.count
+        assert (walked.count <= walked.kept) == (way == "stray")
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients(impl: str, dtype: torch.dtype, name: str, way: str) -> None:
+    options = EVERYTHING if name == "everything" else {}
+    operands = trained(impl, dtype, **WAYS[way])
+    outcome, walked = kept(operands, impl, **options)
+    check_way(walked, way)
+    plain = solve(operands, impl, **options)
+    check_same(outcome, plain)
+    # No further from the exact gradients either: tiles that are kept beside the chosen ones help.
+    exact = dense(operands, {"reduction": "none", **options})
+    for gradient in ("grad_input", "grad_weight"):
+        wanted = getattr(exact, gradient)
+        with_logits = relative_error(getattr(outcome, gradient), wanted)
+        assert with_logits < 1.1 * relative_error(getattr(plain, gradient), wanted) + 1e-3
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize("way", WAYS)
+def test_without_a_gradient_of_the_bias(impl: str, dtype: torch.dtype, way: str) -> None:
+    operands = replace(trained(impl, dtype, **WAYS[way]), bias=None)
+    outcome, walked = kept(operands, impl)
+    check_way(walked, way)
+    plain = solve(operands, impl)
+    assert relative_error(outcome.grad_input, plain.grad_input) < CLOSE
+    assert relative_error(outcome.grad_weight, plain.grad_weight) < CLOSE
+
+
+@pytest.mark.once
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize("way", WAYS)
+def test_little_room(impl: str, dtype: torch.dtype, way: str) -> None:
+    """Rows gathered in pieces, dC in strips, late rows held meanwhile."""
+    operands = trained(impl, dtype, **WAYS[way])
+    plan = backward.plan_run
+
+    def narrow(*args: Any) -> Any:
+        made = plan(*args)
+        return None if made is None else made._replace(strip=48, held=True)
+
+    with (
+        mock.patch.object(backward, "rows_ahead", lambda *_: 48),
+        mock.patch.object(backward, "plan_run", narrow),
+    ):
+        outcome, walked = kept(operands, impl)
+    assert walked.done
+    check_same(outcome, solve(operands, impl))
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize("forgets", ["rows_ahead", "plan_run"])
+def test_logits_are_forgotten_where_no_walk_fits(
+    impl: str, dtype: torch.dtype, forgets: str
+) -> None:
+    operands = trained(impl, dtype, **WAYS["stray"])
+    with mock.patch.object(backward, forgets, lambda *_: None):
+        outcome, walked = kept(operands, impl)
+    assert walked.done is None
+    check_same(outcome, solve(operands, impl))
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+def test_what_does_not_pay_is_exact(impl: str, dtype: torch.dtype) -> None:
+    operands = trained(impl, dtype, steep=0.0)
+    outcome, walked = kept(operands, impl)
+    assert walked.done is False
+    exact = call(operands, {"reduction": "none", "impl": impl})
+    # But for the statistics, whose sums are in the order of the far field.
+    assert relative_error(outcome.grad_weight, exact.grad_weight) < 1e-3
+    assert relative_error(outcome.grad_input, exact.grad_input) < 1e-3
+
+
+@pytest.mark.no_poison
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize("way", WAYS)
+def test_the_gradient_is_the_memory_itself(impl: str, dtype: torch.dtype, way: str) -> None:
+    """And a second pass through the same graph, without the logits, has memory of its own."""
+    operands = trained(impl, dtype, **WAYS[way])
+    input, weight = operands.input.clone(), operands.weight.clone()
+    options: dict[str, Any] = {
+        "impl": impl,
+        "grad_filter": cce_tp.GradFilter.far_field(BUDGET),
+        "keep_logits_in_grad": True,
+    }
+    given = (input.requires_grad_(), weight.requires_grad_())
+    with walks() as found:
+        loss = cce_tp.linear_cross_entropy(*given, operands.target, **options)
+        first = torch.autograd.grad(loss, given, retain_graph=True)
+        second = torch.autograd.grad(loss, given)
+        loss = cce_tp.linear_cross_entropy(*given, operands.target, **options)
+        again = torch.autograd.grad(loss, given)
+    assert len(found) == 2
+    for one, two, three in zip(first, second, again, strict=True):
+        assert one.data_ptr() != two.data_ptr()
+        assert relative_error(two, one) < CLOSE
+        assert same_bits(three, one)
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+def test_statistics_tell_what_was_kept(impl: str, dtype: torch.dtype) -> None:
+    operands = trained(impl, dtype, **WAYS["run"])
+    with walks() as found:
+        loss, stats = cce_tp.linear_cross_entropy(
+            operands.input.requires_grad_(),
+            operands.weight.requires_grad_(),
+            operands.target,
+            impl=impl,
+            grad_filter=cce_tp.GradFilter.far_field(BUDGET),
+            keep_logits_in_grad=True,
+            return_stats=True,
+        )
+        loss.backward()
+    (walked,) = found
+    tiles = len(operands.weight) / tile_of(impl, dtype)
+    assert float(stats.tiles_kept) == pytest.approx(
+        walked.count / tile_of(impl, dtype) / tiles, abs=1e-6
+    )
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+def test_infinities_show(impl: str, dtype: torch.dtype) -> None:
+    operands = trained(impl, dtype, **WAYS["run"])
+    operands.weight[7] = torch.inf
+    exact = call(operands, {"reduction": "none", "impl": impl})
+    outcome = solve(operands, impl, keep_logits_in_grad=True)
+    for name in ("loss", "grad_input", "grad_weight"):
+        assert not bool(getattr(exact, name).isfinite().all())
+        assert not bool(getattr(outcome, name).isfinite().all()), name
+
+
+def _shard(rank: Rank, impl: str, bounds: list[tuple[int, int]], more: dict[str, Any]) -> Outcome:
+    whole = trained(impl, torch.float16, steep=6.0, more=9, device=rank.device)
+    vocab = len(whole.weight)
+    operands = restrict(whole, *bounds[rank.rank])
+    sequence_parallel = more.pop("sequence_parallel", False)
+    shard = shard_of(rank, bounds, vocab, sequence_parallel=sequence_parallel)
+    if sequence_parallel:
+        part = operands.input.tensor_split(len(bounds))[rank.rank].contiguous()
+        operands = replace(operands, input=part)
+    with operands_as_they_are(), walks() as found:
+        outcome = solve(operands, impl, vocab_shard=shard, **more)
+    assert len(found) == more.get("keep_logits_in_grad", False)
+    return outcome
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("parts", [False, True], ids=["whole-tokens", "sequence-parallel"])
+def test_sharded(pool: RankPool, impl: str, parts: bool) -> None:
+    """Each rank keeps logits of the first rows of its own order."""
+    vocab = len(trained(impl, torch.float16, more=9).weight)
+    bounds = even_bounds(vocab, 2)
+    more = {"sequence_parallel": parts}
+    plain = pool.run(_shard, impl, bounds, more, ranks=2)
+    found = pool.run(_shard, impl, bounds, {**more, "keep_logits_in_grad": True}, ranks=2)
+    for outcome, expected in zip(found, plain, strict=True):
+        assert relative_error(outcome.grad_weight, expected.grad_weight) < CLOSE
+        assert relative_error(outcome.grad_input, expected.grad_input) < CLOSE
+
+
+# Which tiles are chosen, and which of the first six are kept: all up to the last chosen one with
+# which three of four are.
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ("11111111", "11111111"),
+        ("11010000", "11110000"),
+        ("10100000", "10100000"),
+        ("11100100", "11100100"),
+        ("11110111", "11111111"),
+        ("11110010", "11110010"),
+        ("10000011", "10000011"),
+    ],
+)
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_holes_are_filled(impl: str, chosen: str, expected: str) -> None:
+    dtype = torch.float16
+    tile, tokens, count = tile_of(impl, dtype), 20, len(chosen)
+    heavy = torch.tensor([each == "1" for each in chosen], device=DEVICE)
+    mass = torch.where(heavy, 1.0 / heavy.sum(), 1e-9)[:, None].expand(count, tokens)
+    zeros = torch.zeros_like(mass)
+    # Maximum, sum, sum of squares, and what the reference has beside: nothing with a cap.
+    rows = [zeros, mass, mass * mass] if impl == "triton" else [zeros, mass, mass**2, mass, zeros]
+    made = {"dtype": dtype, "device": DEVICE}
+    logits = LocalLogits(
+        torch.zeros(tokens, 16, **made),
+        torch.zeros(count * tile, 16, **made),
+        None,
+        torch.zeros(tokens, dtype=torch.int64, device=DEVICE),
+        0,
+        1.0,
+        None,
+    )
+    for leading, wanted in ((0, chosen), (6, expected)):
+        masses = backend(impl).tile_masses(
+            torch.stack(rows, dim=1).contiguous(),
+            torch.zeros(2, tokens, device=DEVICE),
+            logits.target,
+            logits,
+            ignore_index=-100,
+            budget=RankBudget.of(1e-3, count * tile, count * tile),
+            slopes=False,
+            leading=leading,
+        )
+        assert "".join(str(each) for each in masses.kept.tolist()) == wanted, leading
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+def test_a_tile_apart_from_the_others(impl: str, dtype: torch.dtype) -> None:
+    """Whose logits are kept but do not lie in one piece with the others."""
+    operands = trained(impl, dtype, tiles=48, steep=12.0)
+    masses = backend(impl).tile_masses
+
+    def sparse(*args: Any, **options: Any) -> Any:
+        found = masses(*args, **{**options, "leading": 0})
+        found.kept.zero_()
+        found.kept[torch.tensor([0, 1, 5, 20])] = 1
+        return found
+
+    with mock.patch.object(backend(impl), "tile_masses", sparse):
+        outcome, walked = kept(operands, impl)
+        expected = solve(operands, impl)
+    tile = tile_of(impl, dtype)
+    assert walked == (True, 6 * tile, 2 * tile, 4 * tile)
+    check_same(outcome, expected)
+
+
+@given(
+    tokens=st.integers(1, 3000),
+    vocab=st.integers(1, 20000),
+    hidden=st.integers(1, 600),
+    itemsize=st.sampled_from([2, 4]),
+    tile=st.sampled_from([64, 256]),
+)
+def test_what_lies_in_the_memory_fits(
+    tokens: int, vocab: int, hidden: int, itemsize: int, tile: int
+) -> None:
+    weight = torch.empty(vocab, hidden, device="meta")
+    late = LateRows.with_logits(tokens, weight, itemsize, tile)
+    if late is None:
+        return
+    row = hidden * itemsize
+    assert late.columns % tile == 0 and tile <= late.columns <= max(tile, vocab // 7)
+    assert 0 <= late.first_row * row <= late.sum_byte
+    assert late.sum_byte % ALIGNMENT == late.first_byte % ALIGNMENT == 0
+    assert late.sum_byte + 4 * tokens * hidden <= late.first_byte
+    assert late.first_byte + late.columns * 2 * gradient_pitch(tokens) <= vocab * row
+
+
+def test_no_room_for_a_tile() -> None:
+    """Few rows beside the tokens: the far field goes without."""
+    operands = trained("torch", torch.float16, tokens=600, hidden=16)
+    made = LateRows.with_logits(600, operands.weight, 2, 256)
+    assert made is None
+    with mock.patch.object(far_field, "lend", side_effect=far_field.lend) as lend, walks() as found:
+        outcome = solve(operands, "torch", keep_logits_in_grad=True)
+    assert lend.called and not found
+    assert same_bits(outcome.grad_weight, solve(operands, "torch").grad_weight)
