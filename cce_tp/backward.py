@@ -187,7 +187,8 @@ class _BackwardPass:
         self.eps = eps
         self.upstream, self.unscale = _into_range(logits, upstream)
         self.sum_dtype = statistics_dtype(logits.input.dtype)
-        self.far_bytes = 0  # of what the far field left, where it is not used
+        # Of what the forward pass left for the far field: there until the call ends, used or not.
+        self.left_bytes = 0
         self.far: FarBackward | None = None
         if state is not None:
             self.far = FarBackward(
@@ -201,8 +202,7 @@ class _BackwardPass:
                 accumulate=sinks.accumulate_weight,
                 bias=sinks.bias is not None,
             )
-            if kept is not None:
-                self.far.nbytes += kept.tile_max.nbytes
+            self.left_bytes = state.nbytes + (0 if kept is None else kept.tile_max.nbytes)
         if eps is not None:
             self.columns = _Columns.ordered(logits)
         else:
@@ -240,7 +240,7 @@ class _BackwardPass:
             if self._walk_far(self.far, workspace_bytes):
                 self.far.finish_weight(self.sinks.bias)
                 return
-            self.far_bytes, self.far = self.far.nbytes, None
+            self.far = None
             self.columns = _Columns(self.logits)
             self._look_at_operands()
         elif kept is not None and kept.in_grad and self._walk_over_kept(kept, workspace_bytes):
@@ -426,7 +426,7 @@ class _BackwardPass:
         dE, dC = self.sinks.input, self.sinks.weight
         gathers, copies = self.gathers, self.copies
         fixed = self.backend.tile_bytes(self.logits)
-        fixed += self.far_bytes if self.far is None else self.far.nbytes
+        fixed += self.left_bytes + (0 if self.far is None else self.far.nbytes)
         if self.eps is not None:
             fixed += BYTES_PER_ORDERED_ROW * vocab
         weight_row = lent_row = loan_columns = loan_bytes = 0

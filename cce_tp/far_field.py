@@ -453,7 +453,7 @@ class FarBackward:
         tiles: (T,) int32, 1 for a kept tile.
         run: after `wait`, how many of the rows whose logits are kept come before the first tile
             that is not.
-        nbytes: of all that lives during the whole pass, beside its strips.
+        nbytes: of what is made for the whole pass, beside its strips.
     """
 
     def __init__(
@@ -494,7 +494,7 @@ class FarBackward:
         if not accumulate:
             self._write_weight(late.first_row, targets=False)
         made = 0 if self._gradient is None else _nbytes(self._gradient.weight)
-        self.nbytes = far.nbytes + self._summed.nbytes + made + 27 * vocab
+        self.nbytes = self._summed.nbytes + made + 27 * vocab
 
     def wait(self) -> None:
         """Until the host knows how many rows are kept."""

@@ -5,6 +5,7 @@ Legend: N tokens, V vocabulary rows, D hidden size, T tiles of the sorted vocabu
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -515,6 +516,32 @@ def _sequence_parallel(rank: Rank, problem: Problem, bounds: list[tuple[int, int
     shard = shard_of(rank, bounds, problem.vocab, sequence_parallel=True)
     options = {**problem.options, **far(0.3), "impl": problem.impl, "vocab_shard": shard}
     return call(replace(operands, input=operands.input[mine]), options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_exact_pass_has_the_memory_of_what_it_replaces(impl: str) -> None:
+    """What the backward pass of the far field made is gone before the exact one is planned."""
+    operands = Problem(impl=impl).build(DEVICE)
+    made: list[weakref.ref[Any]] = []
+    init, walk_all = far_field.FarBackward.__init__, backward._BackwardPass._walk_all
+
+    def spy(self: Any, *args: Any, **options: Any) -> None:
+        init(self, *args, **options)
+        made.append(weakref.ref(self))
+
+    def exact(self: Any, workspace_bytes: int) -> None:
+        assert [each() for each in made] == [None]
+        with mock.patch.object(self, "left_bytes", 0):
+            nothing_left = self._sizes().fixed
+        assert 0 < self.left_bytes == self._sizes().fixed - nothing_left
+        walk_all(self, workspace_bytes)
+
+    with (
+        mock.patch.object(far_field.FarBackward, "__init__", spy),
+        mock.patch.object(backward._BackwardPass, "_walk_all", exact),
+    ):
+        call(operands, {"impl": impl, **far(0.0)})
+    assert made
 
 
 WALKS: dict[str, tuple[Walk, ...]] = {
