@@ -129,11 +129,14 @@ def linear_cross_entropy(
         keep_logits_in_grad: keep as many logits as fit the memory of the weight's gradient, which
             is then allocated in the forward pass and not in the backward pass: all of them while N
             (up to a multiple of 16) <= D, a share of D / N beyond (with an fp32 gradient twice
-            that). Needs no memory beside it but about 1% of what is kept. For the same operands
-            and filter; not together with keep_logits_bytes or grad_weight_out. Nothing is kept on
+            that). With GradFilter.far_field() those of the first seventh of the rows in its order,
+            or as many whole tiles of them as fit beside `input` in fp32. Needs no memory beside it
+            but about 1% of what is kept. For the same operands, with the exact filter or the far
+            field; not together with keep_logits_bytes or grad_weight_out. Nothing is kept on
             the CPU, under torch.compile, unless `input` and the weight both need a gradient, or
-            where N > D and workspace_bytes does not hold half of `input` in fp32 and 512 columns
-            of logits in 16 bits (by default where V is below some 20 D). A second backward pass
+            with the exact filter where N > D and workspace_bytes does not hold half of `input` in
+            fp32 and 512 columns of logits in 16 bits (by default where V is below some 20 D), or
+            with the far field where not one tile fits. A second backward pass
             through the same graph recomputes; non-reentrant activation checkpointing around the
             loss has the gradient's memory twice while it recomputes.
 

@@ -141,7 +141,7 @@ class LossOptions:
         compute_dtype: dtype of the products' operands.
         workspace_bytes: cap on temporaries, or None for the default.
         keep_logits_bytes: bytes of logits to keep from the forward pass for the backward pass.
-        keep_logits_in_grad: keep those that fit the memory of dC.
+        keep_logits_in_grad: keep those that fit the memory of dC, or with the far field some.
         impl: "triton" or "torch".
         terms: what all ranks must agree on beside the numbers, as "name=value; name=value".
     """

@@ -90,7 +90,8 @@ class LocalLogits(NamedTuple):
 
 
 class KeptLogits(NamedTuple):
-    """Logits of the first columns, kept from the forward pass for the backward pass.
+    """Logits of the first columns, kept from the forward pass for the backward pass; with the far
+    field of the first ones of its order.
 
     Attributes:
         below_max: (columns, N) fp16 logit less the maximum of its (token, tile), cap included.

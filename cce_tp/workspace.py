@@ -14,6 +14,8 @@ way can avoid, and the cheapest that fits is taken:
   from its start, and what of G^T is in the way by then is copied out strip by strip.
 - `PrefixWalk`: where dC's memory holds kept logits of the first columns: their G^T in their place,
   and dC over it as above; then a `TokenWalk` of the other columns.
+- `RunPlan`: the same of listed rows (the far field's), of the first of which logits are kept in the
+  last rows of dC, beside dE's accumulator.
 - `TailWalk`: dE's accumulator in the last rows of dC, whose logits are recomputed once more when dE
   is complete: where the workspace does not hold the accumulator, and the vocabulary is large beside
   N.

@@ -25,7 +25,8 @@ class CceConfig:
             workspace_bytes, so that fewer are computed twice; with the exact filter. 0: none.
         keep_logits_in_grad: a head in 16 bits keeps as many logits as fit the memory of dC, which
             then lives from its forward pass to its backward pass and reaches `main_grad` through
-            autograd; with the exact filter, without keep_logits_bytes and Megatron's
+            autograd; with the exact filter, or with the far field, which keeps those of the first
+            rows of its order; without keep_logits_bytes and Megatron's
             gradient_accumulation_fusion.
         strict: materialising the logits of a head in training mode is a RuntimeError instead of
             one warning.

@@ -124,7 +124,11 @@ def _add_case_arguments(command: argparse.ArgumentParser) -> None:
         default=0.0,
         help="logits that this library's exact filter keeps for the backward pass (0)",
     )
-    add("--keep-logits-in-grad", action="store_true", help="as many as fit the memory of dC")
+    add(
+        "--keep-logits-in-grad",
+        action="store_true",
+        help="as many as fit dC's memory; far field: fewer",
+    )
     add("--forward-only", action="store_true")
     out = command.add_argument_group("what is written")
     add = out.add_argument

@@ -96,7 +96,8 @@ class Options:
         workspace_mib: cap on temporaries in MiB; None: the library's default.
         keep_logits_mib: this library's exact filter keeps so many MiB of logits for the backward
             pass.
-        keep_logits_in_grad: it keeps as many as fit the memory of dC.
+        keep_logits_in_grad: it keeps as many as fit the memory of dC; the far field those of the
+            first rows of its order.
         forward_only: no backward pass.
 
     Raises:
