@@ -87,7 +87,7 @@ class _Strip(NamedTuple):
 
 
 class _Loan:
-    """The last rows of dC, lent to G^T during a walk over rows that are listed.
+    """The last rows of dC, lent to G^T and perhaps dE's sum in a walk over rows that are listed.
 
     Those of the listed rows that lie there are held elsewhere until the walk is done."""
 
@@ -254,9 +254,10 @@ class _BackwardPass:
             done = self._walk_run(far, kept, workspace_bytes)
             if done is not None:
                 return done
-        head = self._head_start(far, workspace_bytes)
-        far.wait()
-        self.columns = _Columns(self.logits, far.kept.rows, far.column)
+        head = None if far.waited else self._head_start(far, workspace_bytes)
+        if not far.waited:
+            far.wait()
+            self.columns = _Columns(self.logits, far.kept.rows, far.column)
         sizes = self._sizes(taken=0 if head is None else head.columns)
         # Planned afresh while the device waits, if the sizes were new in every call.
         similar = sizes.rounded()
@@ -271,7 +272,8 @@ class _BackwardPass:
 
     def _walk_run(self, far: FarBackward, kept: KeptLogits, workspace_bytes: int) -> bool | None:
         """Walk where dC's memory holds the logits of the first rows; whether that pays, or None
-        where the workspace is too small for it: nothing is done in both cases.
+        where the workspace is too small for it. In both cases the logits are gone, and of dE and dC
+        nothing is written that stays.
 
         G^T of those rows, in place of their logits, makes their part of dE, then their rows of dC;
         then come the other rows that are kept, over G^T's memory.
@@ -290,7 +292,7 @@ class _BackwardPass:
         total = InputSum(grad_input, self.sum_dtype, in_place=False, borrow=False, held=held)
         ((_, _, out),) = total.parts
         far.start_input(out, (0, num_tokens))
-        first_rows = self.backend.gather_rows(self.logits.weight, far.kept.rows[:ahead])
+        gathered = self.backend.gather_rows(self.logits.weight, far.kept.rows[:ahead])
         grad_KN = kept.below_max.view(self.logits.input.dtype)
         logits = self.logits.columns(0, kept.columns)._replace(target=far.column, first_id=0)
         self.backend.grad_kept(kept, 0, logits, self.upstream, grad_KN, far.tiles)
@@ -309,19 +311,19 @@ class _BackwardPass:
             # In the place of G^T of rows that are not kept.
             rows, bias = far.kept.rows[known:run], self.logits.bias
             logits = self.logits._replace(
-                weight=first_rows[known:run],
+                weight=gathered[known:run],
                 bias=None if bias is None else bias.index_select(0, rows),
                 target=far.column,
                 first_id=known,
             )
             self.backend.grad_logits(logits, self.upstream, grad_KN[known:run], None)
         self._add_bias(_Strip(0, run, far.kept.rows[:run]), grad_KN[:run])
+        del logits
         for start, stop in blocks(run, ahead):
-            rows = far.kept.rows[start:stop]
-            weight = self.backend.gather_rows(self.logits.weight, rows) if start else first_rows
-            self._product(out, grad_KN[start:stop], weight[: stop - start], None, True)
-            del weight
-        del first_rows, logits
+            if gathered is None:
+                gathered = self.backend.gather_rows(self.logits.weight, far.kept.rows[start:stop])
+            self._product(out, grad_KN[start:stop], gathered[: stop - start], None, True)
+            gathered = None  # before the next ones
         if plan.rest is None:
             self._finish_input(total, (0, num_tokens))
         loan = _Loan(self.backend, grad_weight, far.kept) if plan.held else None

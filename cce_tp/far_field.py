@@ -46,6 +46,10 @@ _LEAST_GATHER = 0.5
 _KEPT_SHARE = 1 / 7
 # And they and the sum of dE take at most so much of that memory.
 _LATE_SHARE = 0.9
+# Of the rows whose logits are kept, what the backward pass is likely to walk over.
+_LIKELY_SHARE = 3 / 4
+# There must be room for so many rows of dC beside those that are held.
+_LEAST_STRIP = 1024
 
 
 class LateRows(NamedTuple):
@@ -108,23 +112,39 @@ class LateRows(NamedTuple):
 
 
 def lend(
-    logits: LocalLogits, dtype: torch.dtype, tile: int
+    logits: LocalLogits, dtype: torch.dtype, tile: int, workspace_bytes: int
 ) -> tuple[Tensor, KeptLogits] | tuple[None, None]:
-    """dC's memory, not yet written, and room for logits in it, if any fit.
+    """dC's memory, not yet written, and room for logits in it; Nones if none fit, or if the
+    backward pass would have no use for them.
 
     Args:
         logits: of all tokens.
         dtype: of dC.
         tile: B.
+        workspace_bytes: cap of the backward pass.
     """
-    num_tokens = logits.target.shape[0]
+    num_tokens, vocab, hidden = logits.shape
     late = LateRows.with_logits(num_tokens, logits.weight, dtype.itemsize, tile)
     if late is None:
+        return None, None
+    # Late rows of dC are held in the workspace: those of as many kept rows as are likely.
+    held = int(_LIKELY_SHARE * late.columns) * (vocab - late.first_row) // vocab
+    taken = _bytes_of_a_pass(logits, tile) + 4 * num_tokens * late.columns // tile
+    needed = (held + min(_LEAST_STRIP, late.columns)) * hidden * dtype.itemsize
+    if for_buffers(workspace_bytes, num_tokens) < taken + needed:
         return None, None
     made = logits.input.new_empty
     lent = made(logits.weight.shape, dtype=dtype)
     tile_max = made((late.columns // tile, num_tokens), dtype=torch.float32)
     return lent, late.kept(lent, tile_max, tile)
+
+
+def _bytes_of_a_pass(logits: LocalLogits, tile: int) -> int:
+    """What a backward pass has beside its strips: of a FarField and of a FarBackward, without a
+    cap's slopes."""
+    (num_tokens, vocab, hidden), itemsize = logits.shape, logits.weight.itemsize
+    per_tile = num_tokens * (2 + itemsize) + hidden * (4 + itemsize)
+    return -(-vocab // tile) * per_tile + (8 + 27) * vocab + 12 * num_tokens
 
 
 class SortedStatistics(NamedTuple):
@@ -450,6 +470,7 @@ class FarBackward:
         late: what dC's memory holds meanwhile.
         kept: the rows of the kept tiles, in sorted order; after `wait` no more than those.
         column: (N,) int64 the target's place among them, or -1.
+        waited: whether that is known.
         tiles: (T,) int32, 1 for a kept tile.
         run: after `wait`, how many of the rows whose logits are kept come before the first tile
             that is not.
@@ -481,7 +502,7 @@ class FarBackward:
         self._tile = tile = backend.tile_rows(logits.input)
         vocab = logits.weight.shape[0]
         kept = backend.kept_rows(far.kept, far.order, tile, late.first_row)
-        self.tiles = far.kept
+        self.tiles, self.waited = far.kept, False
         self.kept, self._flags = kept, _HostCopy(kept.flags)
         self._targets = backend.plan_targets(far, kept.slot, upstream, logits)
         self.column = self._targets.column
@@ -498,6 +519,7 @@ class FarBackward:
 
     def wait(self) -> None:
         """Until the host knows how many rows are kept."""
+        self.waited = True
         vocab, tile = self._logits.weight.shape[0], self._tile
         kept_tiles, late_rows = self._flags.wait().tolist()
         # The last tile is kept if it is not full.

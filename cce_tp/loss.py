@@ -136,7 +136,9 @@ def linear_cross_entropy(
             the CPU, under torch.compile, unless `input` and the weight both need a gradient, or
             with the exact filter where N > D and workspace_bytes does not hold half of `input` in
             fp32 and 512 columns of logits in 16 bits (by default where V is below some 20 D), or
-            with the far field where not one tile fits. A second backward pass
+            with the far field where not one tile fits or workspace_bytes does not hold the kept
+            rows of the weight's gradient among its last ones (by default where there are fewer
+            tokens than D or so), nor where D is odd. A second backward pass
             through the same graph recomputes; non-reentrant activation checkpointing around the
             loss has the gradient's memory twice while it recomputes.
 

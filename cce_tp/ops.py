@@ -201,7 +201,7 @@ def _loss(*arguments: Any) -> _LossOutputs:
                 arriving.wait()
             if lent_dtype != NOT_WANTED and not copies_operands(whole.input):
                 dtype, tile = _DTYPES[lent_dtype], chosen.tile_rows(whole.input)
-                lent, kept = far_field.lend(whole, dtype, tile)
+                lent, kept = far_field.lend(whole, dtype, tile, budget)
             ordered = far_field.sorted_statistics(chosen, whole, rows, budget, lent, kept)
             packed = ordered.statistics.packed
         if group:
@@ -253,13 +253,13 @@ def _loss_fake(*arguments: Any) -> _LossOutputs:
     far: list[Tensor] = []
     if keep_logits_bytes > 0 or lent_dtype != NOT_WANTED:
         tile, lent = backend(impl).tile_rows(logits.input), None
+        budget = _budget(cap, logits, terms.vocab_size)
         if lent_dtype == NOT_WANTED:
             kept = KeptLogits.empty(logits, tile, keep_logits_bytes)
         elif far_budget is None:
-            budget = _budget(cap, logits, terms.vocab_size)
             lent, kept = _kept_inside(logits, lent_dtype, tile, budget)
         elif _has_logits(logits) and not copies_operands(logits.input):
-            lent, kept = far_field.lend(logits, _DTYPES[lent_dtype], tile)
+            lent, kept = far_field.lend(logits, _DTYPES[lent_dtype], tile, budget)
         else:
             kept = None
         if kept is not None:

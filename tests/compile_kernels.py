@@ -125,7 +125,7 @@ class Compiler:
 
 
 def call(dtype: torch.dtype, hidden: int, features: str) -> None:
-    """A call of the loss; "everything" launches every kernel."""
+    """A call of the loss; "everything" launches all that the exact and the paper's filter have."""
     vocab = 8192 if features == "far-kept" else 1024  # kept logits must fit dC's memory
     input = torch.zeros(512, hidden, dtype=dtype, requires_grad=True)
     weight = torch.zeros(vocab, hidden, dtype=dtype, requires_grad=True)

@@ -6,6 +6,7 @@ tile.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,17 +21,27 @@ from torch import Tensor
 
 import cce_tp
 from backward_passes import operands_as_they_are
-from cce_tp import backward, far_field
+from cce_tp import backward, far_field, ops
 from cce_tp.backend import backend
-from cce_tp.far_field import LateRows, RankBudget
+from cce_tp.far_field import FarField, LateRows, RankBudget
 from cce_tp.problem import LocalLogits
-from cce_tp.workspace import ALIGNMENT, gradient_pitch
+from cce_tp.workspace import (
+    ALIGNMENT,
+    BackwardSizes,
+    RunPlan,
+    default_workspace_bytes,
+    for_buffers,
+    gradient_pitch,
+    pays,
+    plan_run,
+    rows_ahead,
+)
 from oracle import Operands, Outcome, dense
 from problems import call, even_bounds, restrict, same_bits
 from ranks import Rank, RankPool
 from sharding_cases import shard_of
 from tolerance import relative_error
-from variants import DEVICE, LOW_IMPL_DTYPES
+from variants import DEVICE, HAS_CUDA, LOW_IMPL_DTYPES
 
 EVERYTHING: dict[str, Any] = {
     "reduction": "none",
@@ -40,8 +51,11 @@ EVERYTHING: dict[str, Any] = {
     "logit_softcap": 30.0,
 }
 BUDGET = 0.05
+# For what the host decides, without the kernels in Triton's slow interpreter.
+HOST = [each for each in LOW_IMPL_DTYPES if HAS_CUDA or each.values[0] == "torch"]
 # Of the two ways to the same gradients.
 CLOSE = 5e-3
+kept_in = LateRows.kept
 
 
 def tile_of(impl: str, dtype: torch.dtype) -> int:
@@ -54,8 +68,8 @@ def trained(
     *,
     tiles: int = 24,
     more: int = 0,
-    tokens: int = 50,
-    hidden: int = 64,
+    tokens: int = 70,
+    hidden: int = 48,
     steep: float = 4.0,
     device: str = DEVICE,
 ) -> Operands:
@@ -99,6 +113,15 @@ class Walked(NamedTuple):
     count: int
 
 
+def gradients_of(operands: Operands, impl: str, **options: Any) -> tuple[Tensor, ...]:
+    """dE and dC of the mean loss, logits kept."""
+    given = (operands.input.clone().requires_grad_(), operands.weight.clone().requires_grad_())
+    chosen = cce_tp.GradFilter.far_field(BUDGET)
+    settings = {"impl": impl, "grad_filter": chosen, "keep_logits_in_grad": True, **options}
+    loss = cce_tp.linear_cross_entropy(*given, operands.target, **settings)
+    return torch.autograd.grad(loss, given)
+
+
 @contextmanager
 def walks() -> Iterator[list[Walked]]:
     """Yields what each backward pass did whose logits were kept."""
@@ -106,6 +129,7 @@ def walks() -> Iterator[list[Walked]]:
     walk = backward._BackwardPass._walk_run
 
     def spy(self: Any, far: Any, kept: Any, workspace_bytes: int) -> bool | None:
+        assert self.left_bytes == far._far.nbytes + kept.tile_max.nbytes
         done = walk(self, far, kept, workspace_bytes)
         found.append(Walked(done, kept.columns, far.run, self.columns.count))
         return done
@@ -138,6 +162,13 @@ def check_same(outcome: Outcome, expected: Outcome) -> None:
         assert relative_error(getattr(outcome, name), getattr(expected, name)) < CLOSE, name
 
 
+def check_each_row(found: Tensor, expected: Tensor) -> None:
+    """A few wrong rows, too light to show in the norm of all."""
+    size = expected.double().norm(dim=1)
+    off = (found.double() - expected.double()).norm(dim=1)
+    assert bool((off <= 2e-2 * size + 1e-4 * size.max()).all())
+
+
 # Steepness and ragged rows for each way: all rows that are walked are kept in one piece; with the
 # short last tile, which is always kept, behind them; with more of them than logits.
 WAYS: dict[str, dict[str, Any]] = {
@@ -166,6 +197,8 @@ def test_gradients(impl: str, dtype: torch.dtype, name: str, way: str) -> None:
     check_way(walked, way)
     plain = solve(operands, impl, **options)
     check_same(outcome, plain)
+    if name == "plain":
+        check_each_row(outcome.grad_weight, plain.grad_weight)
     # No further from the exact gradients either: tiles that are kept beside the chosen ones help.
     exact = dense(operands, {"reduction": "none", **options})
     for gradient in ("grad_input", "grad_weight"):
@@ -186,27 +219,45 @@ def test_without_a_gradient_of_the_bias(impl: str, dtype: torch.dtype, way: str)
 
 
 @pytest.mark.once
-@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize(("impl", "dtype"), HOST)
 @pytest.mark.parametrize("way", WAYS)
 def test_little_room(impl: str, dtype: torch.dtype, way: str) -> None:
     """Rows gathered in pieces, dC in strips, late rows held meanwhile."""
     operands = trained(impl, dtype, **WAYS[way])
-    plan = backward.plan_run
+    plan, gather, rows = backward.plan_run, backend(impl).gather_rows, []
+    plans: list[RunPlan] = []
 
-    def narrow(*args: Any) -> Any:
-        made = plan(*args)
-        return None if made is None else made._replace(strip=48, held=True)
+    def narrow(sizes: BackwardSizes, workspace_bytes: int, run: int, rest: int) -> Any:
+        """The plan of the least memory with which there is one."""
+        del workspace_bytes
+        sizes = sizes._replace(loan_bytes=sizes.loan_bytes % (1 << 16))
+        for workspace in range(1 << 10, 1 << 20, 1 << 10):
+            made = plan(sizes, workspace, run, rest)
+            if made is not None:
+                plans.append(made)
+                return made
+        raise AssertionError(sizes)
+
+    def one_at_a_time(weight: Tensor, which: Tensor) -> Tensor:
+        assert all(each() is None for each in rows), "gathered rows beside gathered rows"
+        made = gather(weight, which)
+        rows.append(weakref.ref(made))
+        return made
 
     with (
         mock.patch.object(backward, "rows_ahead", lambda *_: 48),
         mock.patch.object(backward, "plan_run", narrow),
+        mock.patch.object(backend(impl), "gather_rows", one_at_a_time),
     ):
         outcome, walked = kept(operands, impl)
-    assert walked.done
+    assert walked.done and len(rows) >= 3
+    (made,) = plans
+    assert made.held and made.strip < walked.run
     check_same(outcome, solve(operands, impl))
+    check_each_row(outcome.grad_weight, solve(operands, impl).grad_weight)
 
 
-@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize(("impl", "dtype"), HOST)
 @pytest.mark.parametrize("forgets", ["rows_ahead", "plan_run"])
 def test_logits_are_forgotten_where_no_walk_fits(
     impl: str, dtype: torch.dtype, forgets: str
@@ -242,12 +293,15 @@ def test_the_gradient_is_the_memory_itself(impl: str, dtype: torch.dtype, way: s
         "keep_logits_in_grad": True,
     }
     given = (input.requires_grad_(), weight.requires_grad_())
-    with walks() as found:
+    with walks() as found, mock.patch.object(LateRows, "kept", autospec=True) as lent:
+        lent.side_effect = kept_in
         loss = cce_tp.linear_cross_entropy(*given, operands.target, **options)
+        address = lent.call_args.args[1].data_ptr()
+        lent.reset_mock()  # forgets the tensor
         first = torch.autograd.grad(loss, given, retain_graph=True)
+        assert first[1].data_ptr() == address
         second = torch.autograd.grad(loss, given)
-        loss = cce_tp.linear_cross_entropy(*given, operands.target, **options)
-        again = torch.autograd.grad(loss, given)
+        again = gradients_of(operands, impl)
     assert len(found) == 2
     for one, two, three in zip(first, second, again, strict=True):
         assert one.data_ptr() != two.data_ptr()
@@ -366,7 +420,7 @@ def test_holes_are_filled(impl: str, chosen: str, expected: str) -> None:
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 def test_a_tile_apart_from_the_others(impl: str, dtype: torch.dtype) -> None:
     """Whose logits are kept but do not lie in one piece with the others."""
-    operands = trained(impl, dtype, tiles=48, steep=12.0)
+    operands = trained(impl, dtype, tiles=48, steep=1.0)
     masses = backend(impl).tile_masses
 
     def sparse(*args: Any, **options: Any) -> Any:
@@ -381,6 +435,157 @@ def test_a_tile_apart_from_the_others(impl: str, dtype: torch.dtype) -> None:
     tile = tile_of(impl, dtype)
     assert walked == (True, 6 * tile, 2 * tile, 4 * tile)
     check_same(outcome, expected)
+    check_each_row(outcome.grad_weight, expected.grad_weight)
+    check_each_row(outcome.grad_bias[:, None], expected.grad_bias[:, None])
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize("inside", [False, True])
+def test_holes_are_filled_where_logits_are_kept(
+    impl: str, dtype: torch.dtype, inside: bool
+) -> None:
+    operands = trained(impl, dtype)
+    masses = backend(impl).tile_masses
+    with mock.patch.object(backend(impl), "tile_masses", side_effect=masses) as chosen:
+        solve(operands, impl, keep_logits_in_grad=inside)
+    assert chosen.call_args.kwargs["leading"] == 3 * inside  # a seventh of 24
+
+
+@pytest.mark.parametrize("hidden", [48, 50, 66])
+def test_rows_are_gathered_beside_the_logits(hidden: int) -> None:
+    operands, chosen = trained("torch", torch.bfloat16, hidden=hidden), backend("torch")
+    real = chosen.sorted_statistics
+    with mock.patch.object(chosen, "sorted_statistics", side_effect=real) as made:
+        solve(operands, "torch", keep_logits_in_grad=True)
+    *_, free, logits = made.call_args.args
+    stop = free.data_ptr() + 2 * ((len(free) - 1) * free.stride(0) + hidden)
+    assert len(free) > 0 and free.stride(0) % 8 == 0
+    assert stop <= logits.below_max.data_ptr()
+
+
+@pytest.mark.parametrize("stats", [False, True])
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+def test_the_fake_loss_has_the_outputs_of_the_real_one(
+    impl: str, dtype: torch.dtype, stats: bool
+) -> None:
+    calls: list[tuple[Any, Any]] = []
+    loss = ops.loss
+
+    def spy(*arguments: Any) -> Any:
+        made = loss(*arguments)
+        calls.append((arguments, [*made[:4], *made[4]]))
+        return made
+
+    operands = trained(impl, dtype)
+    with mock.patch.object(ops, "loss", spy):
+        cce_tp.linear_cross_entropy(
+            operands.input.requires_grad_(),
+            operands.weight.requires_grad_(),
+            operands.target,
+            impl=impl,
+            grad_filter=cce_tp.GradFilter.far_field(BUDGET),
+            keep_logits_in_grad=True,
+            return_stats=stats,
+        )
+    ((arguments, real),) = calls
+    fake = ops._loss_fake(*arguments)
+    fake = [*fake[:4], *fake[4]]
+    # dC and maxima, the far field's fields, totals.
+    assert len(real) == len(fake) == 4 + 2 + len(FarField._fields) + stats
+    for one, other in zip(real, fake, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+
+
+def sizes_of(run: int, rest: int, hidden: int, *, loan_bytes: int, fixed: int) -> BackwardSizes:
+    """16-bit operands of 512 tokens; `rest` rows beside the run."""
+    return BackwardSizes(
+        tokens=512,
+        vocab=rest,
+        hidden=hidden,
+        element=2,
+        token_row=4 * hidden,
+        single_row=4 * hidden,
+        can_borrow=True,
+        can_hold=False,
+        strip_row=2 * hidden,
+        weight_row=2 * hidden,
+        weight_accumulator=4 * hidden,
+        weight_accumulates=False,
+        lent_row=0,
+        gradient_row=1024,
+        loan_columns=run,
+        loan_bytes=loan_bytes,
+        sequential=True,
+        fixed=fixed,
+        known=0,
+        need_input=True,
+        need_weight=True,
+    )
+
+
+@given(
+    run=st.integers(16, 20000),
+    rest=st.integers(0, 3000),
+    hidden=st.integers(8, 4096),
+    loan=st.integers(0, 1 << 24),
+    fixed=st.integers(0, 1 << 22),
+    workspace=st.integers(1 << 20, 1 << 27),
+)
+def test_plans_stay_within_the_workspace(
+    run: int, rest: int, hidden: int, loan: int, fixed: int, workspace: int
+) -> None:
+    sizes = sizes_of(run, rest, hidden, loan_bytes=loan, fixed=fixed)
+    left = for_buffers(workspace, sizes.tokens) - fixed
+    row = 2 * hidden
+    ahead = rows_ahead(sizes, workspace, run)
+    if ahead is not None and fixed < left:
+        assert 0 < ahead <= run and ahead * row <= left
+    plan = plan_run(sizes, workspace, run, rest)
+    if plan is None or fixed >= left:
+        return
+    assert plan.held or (plan.strip == run and rest == 0)
+    assert plan.strip * row + plan.held * loan <= left
+    assert (plan.rest is None) == (rest == 0)
+    if plan.rest is not None:
+        assert plan.rest.loan and plan.rest.strip * row + loan <= left
+
+
+def test_rows_whose_gradient_is_there_cost_two_products() -> None:
+    sizes = sizes_of(100, 0, 64, loan_bytes=0, fixed=0)
+    assert pays(sizes, (), 200, run=100)  # two products of three, of half of the rows
+    assert not pays(sizes, (), 80, run=100)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "vocab", "lent"),
+    [
+        (8192, 2304, 131072, True),
+        (8192, 1536, 131072, True),
+        (8192, 4096, 128256, True),
+        (2048, 4096, 128256, False),  # too many rows of dC to hold
+        (8192, 8192, 128256, False),
+        (8192, 8192, 16032, False),  # no room for dE's sum
+    ],
+)
+def test_logits_are_kept_where_there_is_use_for_them(
+    tokens: int, hidden: int, vocab: int, lent: bool
+) -> None:
+    """At the default workspace."""
+    made = {"dtype": torch.bfloat16, "device": "meta"}
+    logits = LocalLogits(
+        torch.empty(tokens, hidden, **made),
+        torch.empty(vocab, hidden, **made),
+        None,
+        torch.empty(tokens, dtype=torch.int64, device="meta"),
+        0,
+        1.0,
+        None,
+    )
+    workspace = default_workspace_bytes(tokens, hidden, vocab)
+    memory, found = far_field.lend(logits, torch.bfloat16, 256, workspace)
+    assert (found is not None) == (memory is not None) == lent
 
 
 @given(
