@@ -293,6 +293,21 @@ def test_figures_of_made_up_records(tmp_path: Path) -> None:
     assert len(set(styles)) == len(styles)
 
 
+def test_options_about_memory_stand_beside_others_in_a_figure(tmp_path: Path) -> None:
+    """They are of this library alone, and the problem is the same."""
+    kept = _made_up("cce-tp-exact", 32000, 3500)
+    kept["options"] = {"keep_logits_in_grad": True}
+    capped = _made_up("cce-tp-exact", 32000, 3500)
+    capped["options"] = {"softcap": 30.0, "workspace_mib": 16.0}
+    lines = figures.draw([[_made_up("torch-eager", 32000, 3500), kept, capped]], tmp_path, "svg")
+    texts = [Path(line).read_text() for line in lines if "error" in line]
+    assert len(texts) == 2  # with and without the cap of the logits
+    assert "torch-eager" in texts[0] and "cce-tp-exact, keep_logits_in_grad" in texts[0]
+    assert "softcap=30" in texts[1] and "cce-tp-exact, workspace_mib=16" in texts[1]
+    assert kept["implementation"] == "cce-tp-exact"
+    assert figures._style("cce-tp-exact, keep_logits_in_grad")["fillstyle"] == "none"
+
+
 def test_roofline() -> None:
     record = _made_up("cce-tp-exact", 256000, 0)
     share = 6 * 8192 * 2304 * 256000 / 989.4e12 / 60e-3

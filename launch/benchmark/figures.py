@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from launch.benchmark.catalogue import IMPLEMENTATIONS
-from launch.benchmark.records import Record, case_key, case_label, dtype_label, source_label
+from launch.benchmark.records import (
+    Record,
+    case_key,
+    case_label,
+    dtype_label,
+    source_label,
+    without_memory_options,
+)
 from launch.benchmark.roofline import share_of_roofline
 
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -60,9 +67,12 @@ def draw(files: Sequence[Sequence[Record]], folder: Path, form: str) -> list[str
 
 
 def _style(name: str) -> dict[str, Any]:
-    place = list(IMPLEMENTATIONS).index(name) if name in IMPLEMENTATIONS else len(IMPLEMENTATIONS)
+    plain, *options = name.split(", ")
+    known = plain in IMPLEMENTATIONS
+    place = list(IMPLEMENTATIONS).index(plain) if known else len(IMPLEMENTATIONS)
     laps, colour = divmod(place, len(_COLOURS))
-    return {"color": _COLOURS[colour], "marker": _MARKERS[(colour + 3 * laps) % len(_MARKERS)]}
+    style = {"color": _COLOURS[colour], "marker": _MARKERS[(colour + 3 * laps) % len(_MARKERS)]}
+    return {**style, "fillstyle": "none"} if options else style
 
 
 def _axes(title: str, source: str) -> tuple[Any, Any]:
@@ -88,7 +98,7 @@ def _groups(records: list[Record], key: Callable[[Record], str]) -> list[list[Re
 def _error_figures(records: list[Record]) -> list[Any]:
     """Forward + backward in gemms against the error of dE, one figure for each case."""
     chosen = [
-        record
+        without_memory_options(record)
         for record in records
         if record["both"]
         and record["both"]["gemms"]

@@ -138,6 +138,22 @@ def _from_first(record: Record) -> Record:
     return record
 
 
+# What this library alone can be told: about memory, which leaves the problem as it is.
+_OF_MEMORY = ("workspace_mib", "keep_logits_mib", "keep_logits_in_grad")
+
+
+def without_memory_options(record: Record) -> Record:
+    """The same with those options in the implementation's name instead, so that it stands beside
+    others of the problem."""
+    options = {name: value for name, value in record["options"].items() if name in _OF_MEMORY}
+    if not options:
+        return record
+    words = option_words({**record, "options": options})
+    rest = {name: value for name, value in record["options"].items() if name not in options}
+    name = ", ".join([record["implementation"], *words])
+    return {**record, "options": rest, "implementation": name}
+
+
 def case_key(record: Record, *, without: Iterable[str] = ()) -> str:
     """What makes two records measurements of one case, whatever the implementation, as text."""
     parts = {
