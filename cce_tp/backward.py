@@ -254,8 +254,9 @@ class _BackwardPass:
             done = self._walk_run(far, kept, workspace_bytes)
             if done is not None:
                 return done
-        head = None if far.waited else self._head_start(far, workspace_bytes)
+        head = None
         if not far.waited:
+            head = self._head_start(far, workspace_bytes)
             far.wait()
             self.columns = _Columns(self.logits, far.kept.rows, far.column)
         sizes = self._sizes(taken=0 if head is None else head.columns)

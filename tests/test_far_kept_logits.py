@@ -40,6 +40,7 @@ from oracle import Operands, Outcome, dense
 from problems import call, even_bounds, restrict, same_bits
 from ranks import Rank, RankPool
 from sharding_cases import shard_of
+from test_far_field import kept_sizes
 from tolerance import relative_error
 from variants import DEVICE, HAS_CUDA, LOW_IMPL_DTYPES
 
@@ -113,13 +114,17 @@ class Walked(NamedTuple):
     count: int
 
 
-def gradients_of(operands: Operands, impl: str, **options: Any) -> tuple[Tensor, ...]:
-    """dE and dC of the mean loss, logits kept."""
-    given = (operands.input.clone().requires_grad_(), operands.weight.clone().requires_grad_())
-    chosen = cce_tp.GradFilter.far_field(BUDGET)
-    settings = {"impl": impl, "grad_filter": chosen, "keep_logits_in_grad": True, **options}
-    loss = cce_tp.linear_cross_entropy(*given, operands.target, **settings)
-    return torch.autograd.grad(loss, given)
+def loss_of(operands: Operands, impl: str, *, stats: bool = False) -> Any:
+    """The mean loss of operands that need gradients, logits kept; with statistics if asked."""
+    return cce_tp.linear_cross_entropy(
+        operands.input.requires_grad_(),
+        operands.weight.requires_grad_(),
+        operands.target,
+        impl=impl,
+        grad_filter=cce_tp.GradFilter.far_field(BUDGET),
+        keep_logits_in_grad=True,
+        return_stats=stats,
+    )
 
 
 @contextmanager
@@ -286,22 +291,16 @@ def test_what_does_not_pay_is_exact(impl: str, dtype: torch.dtype) -> None:
 def test_the_gradient_is_the_memory_itself(impl: str, dtype: torch.dtype, way: str) -> None:
     """And a second pass through the same graph, without the logits, has memory of its own."""
     operands = trained(impl, dtype, **WAYS[way])
-    input, weight = operands.input.clone(), operands.weight.clone()
-    options: dict[str, Any] = {
-        "impl": impl,
-        "grad_filter": cce_tp.GradFilter.far_field(BUDGET),
-        "keep_logits_in_grad": True,
-    }
-    given = (input.requires_grad_(), weight.requires_grad_())
+    given = (operands.input, operands.weight)
     with walks() as found, mock.patch.object(LateRows, "kept", autospec=True) as lent:
         lent.side_effect = kept_in
-        loss = cce_tp.linear_cross_entropy(*given, operands.target, **options)
+        loss = loss_of(operands, impl)
         address = lent.call_args.args[1].data_ptr()
         lent.reset_mock()  # forgets the tensor
         first = torch.autograd.grad(loss, given, retain_graph=True)
         assert first[1].data_ptr() == address
         second = torch.autograd.grad(loss, given)
-        again = gradients_of(operands, impl)
+        again = torch.autograd.grad(loss_of(operands, impl), given)
     assert len(found) == 2
     for one, two, three in zip(first, second, again, strict=True):
         assert one.data_ptr() != two.data_ptr()
@@ -313,15 +312,7 @@ def test_the_gradient_is_the_memory_itself(impl: str, dtype: torch.dtype, way: s
 def test_statistics_tell_what_was_kept(impl: str, dtype: torch.dtype) -> None:
     operands = trained(impl, dtype, **WAYS["run"])
     with walks() as found:
-        loss, stats = cce_tp.linear_cross_entropy(
-            operands.input.requires_grad_(),
-            operands.weight.requires_grad_(),
-            operands.target,
-            impl=impl,
-            grad_filter=cce_tp.GradFilter.far_field(BUDGET),
-            keep_logits_in_grad=True,
-            return_stats=True,
-        )
+        loss, stats = loss_of(operands, impl, stats=True)
         loss.backward()
     (walked,) = found
     tiles = len(operands.weight) / tile_of(impl, dtype)
@@ -478,15 +469,7 @@ def test_the_fake_loss_has_the_outputs_of_the_real_one(
 
     operands = trained(impl, dtype)
     with mock.patch.object(ops, "loss", spy):
-        cce_tp.linear_cross_entropy(
-            operands.input.requires_grad_(),
-            operands.weight.requires_grad_(),
-            operands.target,
-            impl=impl,
-            grad_filter=cce_tp.GradFilter.far_field(BUDGET),
-            keep_logits_in_grad=True,
-            return_stats=stats,
-        )
+        loss_of(operands, impl, stats=stats)
     ((arguments, real),) = calls
     fake = ops._loss_fake(*arguments)
     fake = [*fake[:4], *fake[4]]
@@ -500,28 +483,13 @@ def test_the_fake_loss_has_the_outputs_of_the_real_one(
 
 def sizes_of(run: int, rest: int, hidden: int, *, loan_bytes: int, fixed: int) -> BackwardSizes:
     """16-bit operands of 512 tokens; `rest` rows beside the run."""
-    return BackwardSizes(
+    return kept_sizes(0.1, hidden)._replace(
         tokens=512,
         vocab=rest,
-        hidden=hidden,
-        element=2,
-        token_row=4 * hidden,
-        single_row=4 * hidden,
-        can_borrow=True,
-        can_hold=False,
-        strip_row=2 * hidden,
-        weight_row=2 * hidden,
-        weight_accumulator=4 * hidden,
-        weight_accumulates=False,
-        lent_row=0,
         gradient_row=1024,
         loan_columns=run,
         loan_bytes=loan_bytes,
-        sequential=True,
         fixed=fixed,
-        known=0,
-        need_input=True,
-        need_weight=True,
     )
 
 

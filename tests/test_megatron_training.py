@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import torch
 
 import cce_tp
+from backward_passes import kept_columns, operands_as_they_are
 from megatron_harness import (
     assert_nothing,
     forward,
@@ -178,28 +177,6 @@ def test_main_grad_of_bf16_parameters() -> None:
     assert_nothing(run_ranks(_main_grad))
 
 
-@contextmanager
-def _kept_columns() -> Iterator[list[int]]:
-    """How many columns' logits each backward pass found, with 16-bit products that take their
-    operands as they are, as on a GPU: elsewhere the memory of dC holds none."""
-    from cce_tp import backward, ops
-
-    columns: list[int] = []
-    run = backward._BackwardPass.run
-
-    def spy(self: Any, workspace_bytes: int) -> None:
-        # The far field's walk lets go of them.
-        far = 0 if self.far is None or self.kept is None else self.kept.columns
-        run(self, workspace_bytes)
-        columns.append(far if self.kept is None else self.kept.columns)
-
-    with ExitStack() as stack:
-        for module in (backward, ops):
-            stack.enter_context(mock.patch.object(module, "copies_operands", lambda _: False))
-        stack.enter_context(mock.patch.object(backward._BackwardPass, "run", spy))
-        yield columns
-
-
 def _kept_logits(rank: Any) -> list[str]:
     """Two microbatches with kept logits: loss and main_grad beside stock's and beside fp32."""
     half = replace(BASE, dtype=torch.bfloat16)
@@ -223,7 +200,7 @@ def _compare_kept(rank: Any, case: Case, expected: Sequence[int]) -> list[str]:
     """expected: columns of which a backward pass may find logits."""
     plan = Plan(case, {"tp": 2}, steps=1, ddp={"grad_reduce_in_fp32": True})
     stock, exact = _accumulated(plan, fused=False), _exact(plan)
-    with _kept_columns() as columns:
+    with operands_as_they_are(), kept_columns() as columns:
         fused = _accumulated(plan, fused=True)
     found = list(fused["notes"])
     if len(columns) != plan.micro * (1 + case.mtp) or not all(each in expected for each in columns):
