@@ -355,7 +355,9 @@ def _mass_order(backend: Backend, logits: LocalLogits, workspace_bytes: int) -> 
     num_tokens, vocab = input.shape[0], weight.shape[0]
     probes = backend.probes(input, -(-num_tokens // _SAMPLED_TOKENS))
     dtype = statistics_dtype(input.dtype)
-    key_V = torch.empty(vocab, dtype=dtype, device=weight.device)
+    # 16 bits are sorted in half as many passes, and tell logits of 8 to 16 apart by 2^-7.
+    key_dtype = torch.float16 if input.itemsize == 2 else dtype
+    key_V = torch.empty(vocab, dtype=key_dtype, device=weight.device)
     row = dtype.itemsize * (2 * len(probes) + copies_operands(weight) * weight.shape[1])
     for start, stop in blocks(vocab, max(1024, workspace_bytes // row)):
         sampled = probes.new_empty(len(probes), stop - start, dtype=dtype)
@@ -400,7 +402,8 @@ class KeptRows(NamedTuple):
     Attributes:
         rows: (V,) int64 local rows.
         slot: (T,) int32 number of a kept tile among them; of others anything.
-        flags: (2, T) int32: 1 for a kept tile, and how many of its rows are late; 0 for others.
+        numbers: (3,) int32: how many tiles are kept, how many of their rows are late, and how many
+            tiles come before the first that is not kept.
         direct: (V,) int64 `rows`, but -1 for late ones.
         held: (V,) int64 a late row's number among the late ones, -1 for others.
         home: (V - first late row,) int64 the late rows.
@@ -408,7 +411,7 @@ class KeptRows(NamedTuple):
 
     rows: Tensor
     slot: Tensor
-    flags: Tensor
+    numbers: Tensor
     direct: Tensor
     held: Tensor
     home: Tensor
@@ -447,8 +450,6 @@ class FarGradient:
         weight: (T, D) fp32 far part of dC summed over the rows of each tile; zeros if kept; or
             None where dC is not wanted.
         targets: of the tokens, with factors as dC needs them.
-        sorted_rows: (N,) int32 `targets.row`, ascending.
-        sorted_tokens: (N,) int64 the token of each entry.
     """
 
     tile: int
@@ -456,8 +457,6 @@ class FarGradient:
     kept: Tensor
     weight: Tensor | None
     targets: TargetPlan
-    sorted_rows: Tensor
-    sorted_tokens: Tensor
 
 
 class FarBackward:
@@ -503,7 +502,7 @@ class FarBackward:
         vocab = logits.weight.shape[0]
         kept = backend.kept_rows(far.kept, far.order, tile, late.first_row)
         self.tiles, self.waited = far.kept, False
-        self.kept, self._flags = kept, _HostCopy(kept.flags)
+        self.kept, self._numbers = kept, _HostCopy(kept.numbers)
         self._targets = backend.plan_targets(far, kept.slot, upstream, logits)
         self.column = self._targets.column
         self._summed = backend.far_gradient(far.masses, upstream, logits, logits.input.dtype)
@@ -521,12 +520,11 @@ class FarBackward:
         """Until the host knows how many rows are kept."""
         self.waited = True
         vocab, tile = self._logits.weight.shape[0], self._tile
-        kept_tiles, late_rows = self._flags.wait().tolist()
+        kept_tiles, late_rows, run = self._numbers.wait().tolist()
         # The last tile is kept if it is not full.
-        count = sum(kept_tiles) * tile - (len(kept_tiles) * tile - vocab)
-        self.kept = self.kept.first(count, sum(late_rows))
-        most = self.late.columns // tile
-        self.run = tile * ([*kept_tiles[:most], 0].index(0))
+        count = kept_tiles * tile - (self.tiles.shape[0] * tile - vocab)
+        self.kept = self.kept.first(count, late_rows)
+        self.run = min(run * tile, self.late.columns)
 
     def _far_gradient(self, wants_weight: bool) -> FarGradient:
         far, input = self._far, self._logits.input
@@ -540,16 +538,12 @@ class FarBackward:
             targets = targets._replace(factor=targets.factor * self._unscale)
             if weight is not None:
                 weight *= self._unscale
-        # Half as many bits, half as many passes.
-        sorted_rows, sorted_tokens = torch.sort(targets.row.int(), stable=True)
         return FarGradient(
             tile=self._tile,
             order=far.order,
             kept=far.kept,
             weight=weight,
             targets=targets,
-            sorted_rows=sorted_rows,
-            sorted_tokens=sorted_tokens,
         )
 
     def start_input(self, out: Tensor, tokens: tuple[int, int]) -> None:

@@ -214,9 +214,8 @@ def mass_key(sampled: Tensor, bias: Tensor | None, logit_scale: float, out: Tens
     """As `kernels.far_field.mass_key`."""
     average, others = sampled[0] * logit_scale, sampled[1:] - sampled[0]
     deviation = torch.linalg.vector_norm(others, dim=0) * logit_scale
-    out.copy_(average + 0.5 / len(others) * deviation * deviation)
-    if bias is not None:
-        out += logit_scale * bias
+    key = average + 0.5 / len(others) * deviation * deviation
+    out.copy_(key if bias is None else key + logit_scale * bias)
 
 
 def target_places(order: Tensor, target: Tensor, first_id: int) -> tuple[Tensor, Tensor]:
@@ -244,8 +243,9 @@ def kept_rows(kept: Tensor, order: Tensor, tile: int, first_late: int) -> KeptRo
     direct = torch.where(is_late, -1, chosen)
     held = torch.where(is_late, torch.cumsum(is_late, dim=0) - 1, -1)
     slot = (torch.cumsum(kept, dim=0) - 1).to(torch.int32)
-    flags = torch.stack([kept, late * kept])
-    return KeptRows(chosen, slot, flags, direct, held, chosen[is_late])
+    run = torch.cumprod(kept, dim=0).sum()
+    numbers = torch.stack([kept.sum(), (late * kept).sum(), run]).to(torch.int32)
+    return KeptRows(chosen, slot, numbers, direct, held, chosen[is_late])
 
 
 def plan_targets(
@@ -411,7 +411,7 @@ def write_far_rows(
 ) -> None:
     """As `kernels.far_field.write_far_rows`."""
     vocab, (start, stop) = far.order.shape[0], rows
-    tokens = far.sorted_tokens[far.sorted_rows >= 0]
+    tokens = (far.targets.row >= 0).nonzero().view(-1)
     targets_row = far.targets.row[tokens]
     if bias is not None and targets:
         bias.index_add_(0, targets_row, far.targets.factor[tokens].to(bias.dtype))

@@ -127,7 +127,8 @@ def mass_key_kernel(
     variance = squares * (logit_scale * logit_scale) / (P - 1)
     if HAS_BIAS:
         average += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + cols, average * logit_scale + 0.5 * variance, mask=inside)
+    key = average * logit_scale + 0.5 * variance
+    tl.store(out_ptr + cols, key.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -164,16 +165,23 @@ def count_kept_kernel(kept_ptr, order_ptr, flags_ptr, V, T, first_late, TILE: tl
 
 
 @triton.jit
-def number_kept_kernel(flags_ptr, before_ptr, T, BLOCK_T: tl.constexpr):
-    """before (2, T): the sums of flags (2, T) over the tiles before each; two programs."""
-    flags_ptr += tl.program_id(0) * T
-    before_ptr += tl.program_id(0) * T
+def number_kept_kernel(flags_ptr, before_ptr, numbers_ptr, T, BLOCK_T: tl.constexpr):
+    """before (2, T): the sums of flags (2, T) over the tiles before each; numbers (3,): over all,
+    and how many tiles come before the first whose flag is 0; two programs."""
+    program = tl.program_id(0)
+    flags_ptr += program * T
+    before_ptr += program * T
     before = 0
+    run = T
     for start in range(0, T, BLOCK_T):
         tiles = start + tl.arange(0, BLOCK_T)
         count = tl.load(flags_ptr + tiles, mask=tiles < T, other=0)
         tl.store(before_ptr + tiles, before + tl.cumsum(count, axis=0) - count, mask=tiles < T)
         before += tl.sum(count, axis=0)
+        run = tl.minimum(run, tl.min(tl.where((tiles < T) & (count == 0), tiles, T), axis=0))
+    tl.store(numbers_ptr + program, before)
+    if program == 0:
+        tl.store(numbers_ptr + 2, run)
 
 
 @triton.jit
@@ -529,7 +537,6 @@ def target_rows_kernel(
     far_ptr,
     input_ptr,
     row_ptr,
-    token_ptr,
     tile_ptr,
     factor_ptr,
     out_ptr,
@@ -543,36 +550,47 @@ def target_rows_kernel(
     HAS_OUT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """out[row] = or += the far field of its tile + sum of factor * input over the row's tokens.
 
-    row_ptr (N,) is sorted, -1 first, and token_ptr says whose row each entry is: the program of a
-    row's first entry does all of them, in order."""
+    row_ptr (N,): each token's row or -1. The program of a row's first token does all of them, in
+    order. It finds them by looking at all tokens, as does each other one at those before its own:
+    cheaper than sorting the tokens by row, since few have a row here."""
     blocks_d = tl.cdiv(D, BLOCK_D)
     first = tl.program_id(0) // blocks_d
     block_d = tl.program_id(0) % blocks_d
-    row = tl.load(row_ptr + first).to(tl.int64)
-    previous = tl.load(row_ptr + first - 1, mask=first > 0, other=-1)
-    if (row >= 0) & (row != previous):
+    row = tl.load(row_ptr + first)
+    earlier = 0
+    if row < 0:
+        earlier = 1
+    start = 0
+    while (earlier == 0) & (start < first):
+        tokens = start + tl.arange(0, BLOCK_N)
+        others = tl.load(row_ptr + tokens, mask=tokens < first, other=-1)
+        earlier = tl.max((others == row).to(tl.int32), axis=0)
+        start += BLOCK_N
+    if earlier == 0:
         cols = block_d * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = cols < D
         total = tl.zeros((BLOCK_D,), dtype=tl.float32)
         if HAS_OUT:
-            tile = tl.load(tile_ptr + tl.load(token_ptr + first))
+            tile = tl.load(tile_ptr + first)
             count = tl.minimum(V - tile * TILE, TILE).to(tl.float32)
             total += tl.load(far_ptr + tile * D + cols, mask=inside, other=0.0) / count
         total_factor = 0.0
-        last = first
-        same = True
-        while same:
-            token = tl.load(token_ptr + last)
-            factor = tl.load(factor_ptr + token)
-            total_factor += factor
-            value = tl.load(input_ptr + token * stride_input + cols, mask=inside, other=0.0)
-            total += factor * value.to(tl.float32)
-            last += 1
-            same = tl.load(row_ptr + last, mask=last < N, other=-1) == row
+        for start in range(first, N, BLOCK_N):
+            tokens = start + tl.arange(0, BLOCK_N)
+            others = tl.load(row_ptr + tokens, mask=tokens < N, other=-1)
+            found = tl.min(tl.where(others == row, tokens, N), axis=0)
+            while found < N:
+                factor = tl.load(factor_ptr + found)
+                total_factor += factor
+                at = found.to(tl.int64) * stride_input + cols
+                value = tl.load(input_ptr + at, mask=inside, other=0.0)
+                total += factor * value.to(tl.float32)
+                found = tl.min(tl.where((others == row) & (tokens > found), tokens, N), axis=0)
         if HAS_OUT:
             out = out_ptr + row * stride_out + cols
             if ACCUMULATE:
@@ -635,7 +653,7 @@ def mass_key(sampled: Tensor, bias: Tensor | None, logit_scale: float, out: Tens
         sampled: (P, V) fp32 E C^T of the average token (row 0) and of sampled ones.
         bias: (V,) or None.
         logit_scale: factor on E C^T + bias.
-        out: (V,) fp32 average logit plus half of its variance.
+        out: (V,) average logit plus half of its variance, rounded to its dtype.
     """
     num_probes, vocab = sampled.shape
     launch(
@@ -706,6 +724,7 @@ def kept_rows(kept: Tensor, order: Tensor, tile: int, first_late: int) -> KeptRo
     """
     num_tiles, vocab = kept.shape[0], order.shape[0]
     flags, before = kept.new_empty(2, 2, num_tiles).unbind()
+    numbers = kept.new_empty(3)
     rows, direct, held = order.new_full((3, num_tiles * tile), -1).unbind()
     home = order.new_empty(vocab - first_late)
     sizes = {"V": vocab, "T": num_tiles, "first_late": first_late, "TILE": tile}
@@ -723,6 +742,7 @@ def kept_rows(kept: Tensor, order: Tensor, tile: int, first_late: int) -> KeptRo
         2,
         flags_ptr=flags,
         before_ptr=before,
+        numbers_ptr=numbers,
         T=num_tiles,
         BLOCK_T=1024,
         num_warps=4,
@@ -740,7 +760,7 @@ def kept_rows(kept: Tensor, order: Tensor, tile: int, first_late: int) -> KeptRo
         num_warps=4,
         **sizes,
     )
-    return KeptRows(rows, before[0], flags, direct, held, home)
+    return KeptRows(rows, before[0], numbers, direct, held, home)
 
 
 def plan_targets(
@@ -1102,8 +1122,7 @@ def write_far_rows(
         input.shape[0] * ceil_div(hidden, target_block),
         far_ptr=far.weight,
         input_ptr=input,
-        row_ptr=far.sorted_rows,
-        token_ptr=far.sorted_tokens,
+        row_ptr=far.targets.row,
         tile_ptr=far.targets.tile,
         factor_ptr=far.targets.factor,
         out_ptr=out,
@@ -1113,6 +1132,7 @@ def write_far_rows(
         stride_out=0 if out is None else out.stride(0),
         HAS_OUT=out is not None,
         HAS_BIAS=bias is not None,
+        BLOCK_N=_BLOCK_N,
         BLOCK_D=target_block,
         num_warps=4,
         **common,
