@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from cce_tp.far_field import (
@@ -115,10 +114,10 @@ class Backend(Protocol):
         masses: TileMasses,
         upstream: LogitGradient,
         logits: LocalLogits,
-        dtype: torch.dtype,
+        out: Tensor | None,
     ) -> Tensor: ...
 
-    def gather_rows(self, weight: Tensor, rows: Tensor) -> Tensor: ...
+    def gather_rows(self, weight: Tensor, rows: Tensor, *, out: Tensor | None = None) -> Tensor: ...
 
     def scatter_rows(
         self, out: Tensor, rows: Tensor, value: Tensor, *, accumulate: bool

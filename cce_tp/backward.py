@@ -254,6 +254,7 @@ class _BackwardPass:
             done = self._walk_run(far, kept, workspace_bytes)
             if done is not None:
                 return done
+            far.leave_weight()
         head = None
         if not far.waited:
             head = self._head_start(far, workspace_bytes)
@@ -276,13 +277,14 @@ class _BackwardPass:
         where the workspace is too small for it. In both cases the logits are gone, and of dE and dC
         nothing is written that stays.
 
-        G^T of those rows, in place of their logits, makes their part of dE, then their rows of dC;
-        then come the other rows that are kept, over G^T's memory.
+        G^T of those rows, in place of their logits, makes their part of dE and with it the far
+        field's, then their rows of dC; then come the other rows that are kept, over G^T's memory.
         """
         grad_input, grad_weight = self.sinks.input, self.sinks.weight
         assert grad_input is not None and grad_weight is not None
-        sizes = self._sizes(late=0)
-        ahead = rows_ahead(sizes, workspace_bytes, kept.columns)
+        sizes, num_tiles = self._sizes(late=0), len(far.tiles)
+        beside = sizes._replace(fixed=sizes.fixed + num_tiles * sizes.strip_row)
+        ahead = rows_ahead(beside, workspace_bytes, kept.columns)
         if ahead is None:
             return None
         # Before the host waits: what the device does meanwhile.
@@ -292,9 +294,10 @@ class _BackwardPass:
         )
         total = InputSum(grad_input, self.sum_dtype, in_place=False, borrow=False, held=held)
         ((_, _, out),) = total.parts
-        far.start_input(out, (0, num_tokens))
-        gathered = self.backend.gather_rows(self.logits.weight, far.kept.rows[:ahead])
+        gathered = far.with_means(ahead)
         grad_KN = kept.below_max.view(self.logits.input.dtype)
+        shape = (num_tiles + kept.columns, num_tokens)
+        all_KN = far.late.tile_gradients(grad_weight, grad_KN.dtype, shape)
         logits = self.logits.columns(0, kept.columns)._replace(target=far.column, first_id=0)
         self.backend.grad_kept(kept, 0, logits, self.upstream, grad_KN, far.tiles)
         far.wait()
@@ -312,7 +315,7 @@ class _BackwardPass:
             # In the place of G^T of rows that are not kept.
             rows, bias = far.kept.rows[known:run], self.logits.bias
             logits = self.logits._replace(
-                weight=gathered[known:run],
+                weight=gathered[num_tiles + known : num_tiles + run],
                 bias=None if bias is None else bias.index_select(0, rows),
                 target=far.column,
                 first_id=known,
@@ -321,10 +324,13 @@ class _BackwardPass:
         self._add_bias(_Strip(0, run, far.kept.rows[:run]), grad_KN[:run])
         del logits
         for start, stop in blocks(run, ahead):
-            if gathered is None:
+            if start == 0:
+                part_KN = all_KN[: num_tiles + stop]
+            else:
                 gathered = self.backend.gather_rows(self.logits.weight, far.kept.rows[start:stop])
-            self._product(out, grad_KN[start:stop], gathered[: stop - start], None, True)
-            gathered = None  # before the next ones
+                part_KN = grad_KN[start:stop]
+            self._product(out, part_KN, gathered[: len(part_KN)], None, start > 0)
+            del gathered  # before the next ones
         if plan.rest is None:
             self._finish_input(total, (0, num_tokens))
         loan = _Loan(self.backend, grad_weight, far.kept) if plan.held else None

@@ -56,18 +56,22 @@ class LateRows(NamedTuple):
     """The last rows of dC, in whose memory something else lies until all of dC is written.
 
     Without kept logits it holds the gradient of the logits during the walk; with them, from the
-    forward pass on, first the sum of dE, then those logits, which make place for their gradient.
+    forward pass on, the logits, which make place for their gradient, and in front of them, in the
+    backward pass, the sum of dE and the gradient of the far field's tiles.
 
     Attributes:
         first_row: the first late row.
         columns: how many logits per token are kept, whole tiles, of the first rows of the order.
         sum_byte: where in dC's memory the sum of dE may begin, (N, D) in fp32; -1 without logits.
+        far_byte: where the tiles' gradient may begin, (T, N) in the operands' dtype; its last row
+            ends where the logits begin. -1 without logits.
         first_byte: where the logits or their gradient begin.
     """
 
     first_row: int
     columns: int
     sum_byte: int
+    far_byte: int
     first_byte: int
 
     @classmethod
@@ -78,7 +82,7 @@ class LateRows(NamedTuple):
         """
         vocab, hidden = weight.shape
         first_row = vocab - vocab // 4
-        return cls(first_row, 0, -1, aligned(first_row * hidden * itemsize))
+        return cls(first_row, 0, -1, -1, aligned(first_row * hidden * itemsize))
 
     @classmethod
     def with_logits(
@@ -93,7 +97,8 @@ class LateRows(NamedTuple):
         """
         vocab, hidden = weight.shape
         row, column = hidden * itemsize, 2 * gradient_pitch(num_tokens)
-        sums = aligned(4 * num_tokens * hidden) + 2 * ALIGNMENT
+        far_bytes = -(-vocab // tile) * column
+        sums = aligned(4 * num_tokens * hidden) + far_bytes + 3 * ALIGNMENT
         tiles = min(
             max(1, int(_KEPT_SHARE * vocab) // tile),
             vocab // tile,
@@ -103,8 +108,14 @@ class LateRows(NamedTuple):
             return None
         first_row = vocab - -(-(sums + tiles * tile * column) // row)
         sum_byte = aligned(first_row * row)
-        first_byte = sum_byte + aligned(4 * num_tokens * hidden)
-        return cls(first_row, tiles * tile, sum_byte, first_byte)
+        first_byte = sum_byte + aligned(4 * num_tokens * hidden + far_bytes)
+        return cls(first_row, tiles * tile, sum_byte, first_byte - far_bytes, first_byte)
+
+    def tile_gradients(
+        self, grad_weight: Tensor, dtype: torch.dtype, shape: tuple[int, int]
+    ) -> Tensor:
+        """(T, N) in front of the logits; with more rows, the logits' memory too."""
+        return memory_of(grad_weight, self.far_byte, shape, dtype, gradient_pitch(shape[1]))
 
     def kept(self, grad_weight: Tensor, tile_max: Tensor, tile: int) -> KeptLogits:
         """The kept logits, their maxima being `tile_max`, (columns / B, N) fp32."""
@@ -140,10 +151,10 @@ def lend(
 
 
 def _bytes_of_a_pass(logits: LocalLogits, tile: int) -> int:
-    """What a backward pass has beside its strips: of a FarField and of a FarBackward, without a
-    cap's slopes."""
+    """What a backward pass from kept logits on has beside its strips: of a FarField, without a
+    cap's slopes, and of a FarBackward; and the mean rows once more, in front of gathered ones."""
     (num_tokens, vocab, hidden), itemsize = logits.shape, logits.weight.itemsize
-    per_tile = num_tokens * (2 + itemsize) + hidden * (4 + itemsize)
+    per_tile = 2 * num_tokens + hidden * (4 + 2 * itemsize)
     return -(-vocab // tile) * per_tile + (8 + 27) * vocab + 12 * num_tokens
 
 
@@ -505,7 +516,18 @@ class FarBackward:
         self.kept, self._numbers = kept, _HostCopy(kept.numbers)
         self._targets = backend.plan_targets(far, kept.slot, upstream, logits)
         self.column = self._targets.column
-        self._summed = backend.far_gradient(far.masses, upstream, logits, logits.input.dtype)
+        inside = None
+        if late.far_byte >= 0:
+            assert weight is not None
+            shape = (len(far.kept), logits.shape[0])
+            inside = late.tile_gradients(weight, logits.input.dtype, shape)
+        self._summed = backend.far_gradient(far.masses, upstream, logits, inside)
+        self._bias_T = None
+        if bias:  # before dC is written over it
+            wide = statistics_dtype(logits.input.dtype)
+            self._bias_T = self._summed.sum(dim=1, dtype=wide)
+            if unscale is not None:
+                self._bias_T *= unscale
         self._gradient = None
         if weight is not None or bias:
             self._gradient = self._far_gradient(weight is not None)
@@ -514,7 +536,7 @@ class FarBackward:
         if not accumulate:
             self._write_weight(late.first_row, targets=False)
         made = 0 if self._gradient is None else _nbytes(self._gradient.weight)
-        self.nbytes = self._summed.nbytes + made + 27 * vocab
+        self.nbytes = (self._summed.nbytes if inside is None else 0) + made + 27 * vocab
 
     def wait(self) -> None:
         """Until the host knows how many rows are kept."""
@@ -545,6 +567,25 @@ class FarBackward:
             weight=weight,
             targets=targets,
         )
+
+    def leave_weight(self) -> None:
+        """Take what lies in dC's memory out of it: dC may be written before it is read again."""
+        if self.late.far_byte >= 0:
+            self._summed = self._summed.clone()
+            self.nbytes += self._summed.nbytes
+
+    def with_means(self, count: int) -> Tensor:
+        """(T + count, D): the tiles' mean rows, then the first of the kept rows.
+
+        What belongs to the former of the gradient lies in front of that of the latter: one product
+        makes both parts of dE."""
+        means, weight = self._far.means, self._logits.weight
+        num_tiles, hidden = means.shape
+        pitch = row_pitch(hidden, weight.itemsize)
+        out = weight.new_empty(num_tiles + count, pitch)[:, :hidden]
+        out[:num_tiles].copy_(means)
+        self._backend.gather_rows(weight, self.kept.rows[:count], out=out[num_tiles:])
+        return out
 
     def start_input(self, out: Tensor, tokens: tuple[int, int]) -> None:
         """out (n, D) = the tiles' gradients times their mean rows."""
@@ -584,11 +625,9 @@ class FarBackward:
     def _add_bias(self, bias: Tensor) -> None:
         """Each tile's gradient, evenly over its rows, and the targets'."""
         num_tiles, vocab = self._far.kept.shape[0], bias.shape[0]
-        per_tile = self._summed.sum(dim=1, dtype=bias.dtype)
-        if self._unscale is not None:
-            per_tile *= self._unscale
+        assert self._bias_T is not None
         rows_left = vocab - self._tile * torch.arange(num_tiles, device=bias.device)
-        share = per_tile / rows_left.clamp(max=self._tile)
+        share = self._bias_T / rows_left.clamp(max=self._tile)
         spread = share.repeat_interleave(self._tile, output_size=num_tiles * self._tile)[:vocab]
         bias.index_add_(0, self._far.order, spread)  # a permutation: no two meet
         assert self._gradient is not None

@@ -364,9 +364,10 @@ def tile_masses(
 
 
 def far_gradient(
-    masses: TileMasses, upstream: LogitGradient, logits: LocalLogits, dtype: torch.dtype
+    masses: TileMasses, upstream: LogitGradient, logits: LocalLogits, out: Tensor | None
 ) -> Tensor:
     """As `kernels.far_field.far_gradient`."""
+    dtype = logits.input.dtype
     wide = statistics_dtype(dtype)
     num_tiles, vocab = masses.kept.shape[0], logits.weight.shape[0]
     rows_left_T = vocab - TILE_V * torch.arange(num_tiles, device=masses.kept.device)
@@ -376,12 +377,14 @@ def far_gradient(
     lse_N = upstream.max_logit + upstream.log_sum
     g_TN = masses.mass.to(wide) * (1 + 2 * upstream.z_loss * lse_N)
     g_TN = (g_TN - upstream.uniform_weight * slope) * (upstream.grad * logits.logit_scale)
-    return torch.where((masses.kept != 0)[:, None] | (upstream.grad == 0), 0.0, g_TN).to(dtype)
+    g_TN = torch.where((masses.kept != 0)[:, None] | (upstream.grad == 0), 0.0, g_TN).to(dtype)
+    return g_TN if out is None else out.copy_(g_TN)
 
 
-def gather_rows(weight: Tensor, rows: Tensor) -> Tensor:
+def gather_rows(weight: Tensor, rows: Tensor, *, out: Tensor | None = None) -> Tensor:
     """As `kernels.far_field.gather_rows`."""
-    return torch.where((rows >= 0)[:, None], weight[rows.clamp(min=0)], 0.0)
+    made = torch.where((rows >= 0)[:, None], weight[rows.clamp(min=0)], 0.0)
+    return made if out is None else out.copy_(made)
 
 
 def scatter_rows(out: Tensor, rows: Tensor, value: Tensor, *, accumulate: bool) -> None:

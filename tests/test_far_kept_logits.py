@@ -29,6 +29,7 @@ from cce_tp.workspace import (
     ALIGNMENT,
     BackwardSizes,
     RunPlan,
+    TokenWalk,
     default_workspace_bytes,
     for_buffers,
     gradient_pitch,
@@ -243,10 +244,10 @@ def test_little_room(impl: str, dtype: torch.dtype, way: str) -> None:
                 return made
         raise AssertionError(sizes)
 
-    def one_at_a_time(weight: Tensor, which: Tensor) -> Tensor:
+    def one_at_a_time(weight: Tensor, which: Tensor, *, out: Tensor | None = None) -> Tensor:
         assert all(each() is None for each in rows), "gathered rows beside gathered rows"
-        made = gather(weight, which)
-        rows.append(weakref.ref(made))
+        made = gather(weight, which, out=out)
+        rows.append(weakref.ref(made if out is None else out._base))
         return made
 
     with (
@@ -272,6 +273,36 @@ def test_logits_are_forgotten_where_no_walk_fits(
         outcome, walked = kept(operands, impl)
     assert walked.done is None
     check_same(outcome, solve(operands, impl))
+
+
+@pytest.mark.parametrize(("impl", "dtype"), HOST)
+def test_forgotten_logits_leave_no_trace_in_token_chunks(impl: str, dtype: torch.dtype) -> None:
+    """dC, whose memory holds the tiles' gradient, is written before the second chunk reads it."""
+    operands = trained(impl, dtype, **WAYS["stray"])
+    given = [each.float().requires_grad_() for each in (operands.input, operands.weight)]
+
+    def grads(keep: bool) -> tuple[Tensor, ...]:
+        with torch.autocast(DEVICE, dtype=dtype):
+            loss = cce_tp.linear_cross_entropy(
+                *given,
+                operands.target,
+                impl=impl,
+                grad_filter=cce_tp.GradFilter.far_field(BUDGET),
+                keep_logits_in_grad=keep,
+            )
+        return torch.autograd.grad(loss, given)
+
+    chunks = (TokenWalk(chunk=32, strip=1 << 20, weight=True),)
+    with (
+        walks() as found,
+        mock.patch.object(backward, "plan_run", lambda *_: None),
+        mock.patch.object(backward, "plan_backward", lambda *_: chunks),
+    ):
+        forgotten = grads(True)
+    assert [walked.done for walked in found] == [None]
+    for one, other in zip(forgotten, grads(False), strict=True):
+        assert one.dtype == torch.float32
+        assert relative_error(one, other) < CLOSE
 
 
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
@@ -574,7 +605,9 @@ def test_what_lies_in_the_memory_fits(
     assert late.columns % tile == 0 and tile <= late.columns <= max(tile, vocab // 7)
     assert 0 <= late.first_row * row <= late.sum_byte
     assert late.sum_byte % ALIGNMENT == late.first_byte % ALIGNMENT == 0
-    assert late.sum_byte + 4 * tokens * hidden <= late.first_byte
+    assert late.sum_byte + 4 * tokens * hidden <= late.far_byte
+    far_rows = -(-vocab // tile)
+    assert late.far_byte + far_rows * 2 * gradient_pitch(tokens) == late.first_byte
     assert late.first_byte + late.columns * 2 * gradient_pitch(tokens) <= vocab * row
 
 

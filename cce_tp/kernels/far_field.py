@@ -33,7 +33,7 @@ from cce_tp.kernels.tile import LOG2E
 from cce_tp.kernels.tuning import ceil_div
 from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient
 from cce_tp.stats import StatRows
-from cce_tp.workspace import blocks
+from cce_tp.workspace import blocks, gradient_pitch
 
 _BLOCK_N = 1024
 _BLOCK_T = 128
@@ -988,12 +988,19 @@ def tile_masses(
 
 
 def far_gradient(
-    masses: TileMasses, upstream: LogitGradient, logits: LocalLogits, dtype: torch.dtype
+    masses: TileMasses, upstream: LogitGradient, logits: LocalLogits, out: Tensor | None
 ) -> Tensor:
-    """(T, N) gradient of the logits summed over each tile, one-hots left out; 0 for kept tiles."""
+    """(T, N) gradient of the logits summed over each tile, one-hots left out; 0 for kept tiles.
+
+    Args:
+        masses: of the tiles.
+        upstream: gradient and global statistics of the tokens.
+        logits: what the tiles were made of.
+        out: takes it, last dim contiguous; None for a new tensor in the operands' dtype.
+    """
     num_tiles, num_tokens = masses.mass.shape
-    padded = ceil_div(num_tokens, 16) * 16
-    out = torch.empty((num_tiles, padded), dtype=dtype, device=masses.mass.device)[:, :num_tokens]
+    if out is None:
+        out = logits.input.new_empty(num_tiles, gradient_pitch(num_tokens))[:, :num_tokens]
     launch(
         far_gradient_kernel,
         num_tiles * ceil_div(num_tokens, _BLOCK_N),
