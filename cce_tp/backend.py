@@ -72,7 +72,12 @@ class Backend(Protocol):
     def probes(self, input: Tensor, step: int) -> Tensor: ...
 
     def mass_key(
-        self, sampled: Tensor, bias: Tensor | None, logit_scale: float, out: Tensor
+        self,
+        weight: Tensor,
+        probes: Tensor,
+        bias: Tensor | None,
+        logit_scale: float,
+        out: Tensor,
     ) -> None: ...
 
     def target_places(

@@ -27,9 +27,9 @@ from cce_tp.problem import (
     memory_of,
     statistics_dtype,
 )
-from cce_tp.products import add_product, copies_operands
+from cce_tp.products import add_product
 from cce_tp.stats import StatRows
-from cce_tp.workspace import ALIGNMENT, aligned, blocks, for_buffers, gradient_pitch
+from cce_tp.workspace import ALIGNMENT, aligned, for_buffers, gradient_pitch
 
 if TYPE_CHECKING:
     from cce_tp.backend import Backend
@@ -339,7 +339,7 @@ def sorted_statistics(
     """
     num_tokens, hidden = logits.input.shape
     available = for_buffers(workspace_bytes, num_tokens)
-    order = _mass_order(backend, logits, available)
+    order = _mass_order(backend, logits)
     place, target = backend.target_places(order, logits.target, logits.first_id)
     free = None
     if lent is not None and kept is not None:
@@ -353,7 +353,7 @@ def sorted_statistics(
     return Ordered(made, order, place)
 
 
-def _mass_order(backend: Backend, logits: LocalLogits, workspace_bytes: int) -> Tensor:
+def _mass_order(backend: Backend, logits: LocalLogits) -> Tensor:
     """(V,) local rows sorted by an estimate of their probability mass, highest first.
 
     The estimate of log mean exp(y_nv) over the tokens n is the average of y_v plus half of its
@@ -365,16 +365,10 @@ def _mass_order(backend: Backend, logits: LocalLogits, workspace_bytes: int) -> 
     input, weight = logits.input, logits.weight
     num_tokens, vocab = input.shape[0], weight.shape[0]
     probes = backend.probes(input, -(-num_tokens // _SAMPLED_TOKENS))
-    dtype = statistics_dtype(input.dtype)
     # 16 bits are sorted in half as many passes, and tell logits of 8 to 16 apart by 2^-7.
-    key_dtype = torch.float16 if input.itemsize == 2 else dtype
+    key_dtype = torch.float16 if input.itemsize == 2 else statistics_dtype(input.dtype)
     key_V = torch.empty(vocab, dtype=key_dtype, device=weight.device)
-    row = dtype.itemsize * (2 * len(probes) + copies_operands(weight) * weight.shape[1])
-    for start, stop in blocks(vocab, max(1024, workspace_bytes // row)):
-        sampled = probes.new_empty(len(probes), stop - start, dtype=dtype)
-        add_product(sampled, probes, weight[start:stop].t(), accumulate=False)
-        bias = None if logits.bias is None else logits.bias[start:stop]
-        backend.mass_key(sampled, bias, logits.logit_scale, key_V[start:stop])
+    backend.mass_key(weight, probes, logits.bias, logits.logit_scale, key_V)
     return torch.sort(key_V, descending=True, stable=True).indices
 
 

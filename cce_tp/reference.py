@@ -210,12 +210,17 @@ def probes(input: Tensor, step: int) -> Tensor:
     return torch.cat([average[None], input[::step]])
 
 
-def mass_key(sampled: Tensor, bias: Tensor | None, logit_scale: float, out: Tensor) -> None:
+def mass_key(
+    weight: Tensor, probes: Tensor, bias: Tensor | None, logit_scale: float, out: Tensor
+) -> None:
     """As `kernels.far_field.mass_key`."""
-    average, others = sampled[0] * logit_scale, sampled[1:] - sampled[0]
-    deviation = torch.linalg.vector_norm(others, dim=0) * logit_scale
-    key = average + 0.5 / len(others) * deviation * deviation
-    out.copy_(key if bias is None else key + logit_scale * bias)
+    dtype = statistics_dtype(weight.dtype)
+    for v0, v1 in blocks(weight.shape[0], TILE_V):
+        sampled = probes.to(dtype) @ weight[v0:v1].to(dtype).t()
+        others = sampled[1:] - sampled[0]
+        deviation = torch.linalg.vector_norm(others, dim=0) * logit_scale
+        key = sampled[0] * logit_scale + 0.5 / len(others) * deviation * deviation
+        out[v0:v1] = key if bias is None else key + logit_scale * bias[v0:v1]
 
 
 def target_places(order: Tensor, target: Tensor, first_id: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Kernels of the sorted far field (`cce_tp.far_field`): what is done per tile instead of per logit.
 
-All of them move memory; none multiplies matrices. Every output element has one writer: no locks,
-no atomics, equal bits in every run.
+All of them move memory; one reads the classifier to multiply it with a few tokens. Every output
+element has one writer: no locks, no atomics, equal bits in every run.
 
 Legend: N tokens, V vocabulary rows of this rank, D hidden size, B rows per vocabulary tile, T tiles
 of the sorted vocabulary (the last one may be short).
@@ -28,8 +28,8 @@ from cce_tp.far_field import (
 )
 from cce_tp.filtering import LARGEST_FAR_MASS
 from cce_tp.kernels import forward, tuning
-from cce_tp.kernels.launch import launch
-from cce_tp.kernels.tile import LOG2E
+from cce_tp.kernels.launch import launch, matrix_argument
+from cce_tp.kernels.tile import LOG2E, dot_tile
 from cce_tp.kernels.tuning import ceil_div
 from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient
 from cce_tp.stats import StatRows
@@ -37,6 +37,8 @@ from cce_tp.workspace import blocks, gradient_pitch
 
 _BLOCK_N = 1024
 _BLOCK_T = 128
+# Classifier rows whose key of the order one program makes.
+_KEY_ROWS = 128
 # Sums over the tokens are taken in so many parts.
 _SUM_PARTS = 32
 # Each program compares so few tiles with all others that there are many programs.
@@ -102,33 +104,39 @@ def probes_kernel(
 
 @triton.jit
 def mass_key_kernel(
-    sampled_ptr,
+    weight,
+    probes,
     bias_ptr,
     out_ptr,
-    P,
     V,
-    stride_sampled,
+    D,
+    P,
+    stride_weight,
+    stride_probes,
     logit_scale,
     HAS_BIAS: tl.constexpr,
-    BLOCK_P: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """out (V,): row 0 of sampled (P, V) plus half the mean square of the others about it."""
-    cols = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = cols < V
-    average = tl.load(sampled_ptr + cols, mask=inside, other=0.0)
-    squares = tl.zeros((BLOCK_V,), dtype=tl.float32)
-    for first in range(1, P, BLOCK_P):
-        probes = first + tl.arange(0, BLOCK_P)
-        mask = (probes < P)[:, None] & inside[None, :]
-        at = probes[:, None] * stride_sampled + cols[None, :]  # at most 64 rows: no overflow
-        off = tl.load(sampled_ptr + at, mask=mask, other=0.0) - average[None, :]
-        squares += tl.sum(tl.where(mask, off * off, 0.0), axis=0)
-    variance = squares * (logit_scale * logit_scale) / (P - 1)
+    """out (V,): each row's product with probe 0, plus half the mean square of those with the others
+    about it; all P probes are in one block."""
+    first = tl.program_id(0) * BLOCK_V
+    x = dot_tile(
+        weight, probes, first, 0, V, P, D, stride_weight, stride_probes, weight, 0,
+        BLOCK_V, BLOCK_P, BLOCK_D, 0, False, True, DESCRIPTOR, DESCRIPTOR, PRECISION,
+    )  # fmt: skip
+    probe = tl.arange(0, BLOCK_P)[None, :]
+    average = tl.sum(tl.where(probe == 0, x, 0.0), axis=1)
+    off = tl.where((probe > 0) & (probe < P), x - average[:, None], 0.0)
+    variance = tl.sum(off * off, axis=1) * (logit_scale * logit_scale) / (P - 1)
+    rows = first + tl.arange(0, BLOCK_V)
     if HAS_BIAS:
-        average += tl.load(bias_ptr + cols, mask=inside, other=0.0).to(tl.float32)
+        average += tl.load(bias_ptr + rows, mask=rows < V, other=0.0).to(tl.float32)
     key = average * logit_scale + 0.5 * variance
-    tl.store(out_ptr + cols, key.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + rows, key.to(out_ptr.dtype.element_ty), mask=rows < V)
 
 
 @triton.jit
@@ -646,30 +654,43 @@ def probes(input: Tensor, step: int) -> Tensor:
     return out
 
 
-def mass_key(sampled: Tensor, bias: Tensor | None, logit_scale: float, out: Tensor) -> None:
-    """Key of the sorted order, of some rows.
+def mass_key(
+    weight: Tensor, probes: Tensor, bias: Tensor | None, logit_scale: float, out: Tensor
+) -> None:
+    """Key of the sorted order.
 
     Args:
-        sampled: (P, V) fp32 E C^T of the average token (row 0) and of sampled ones.
+        weight: (V, D), last dim contiguous.
+        probes: (P, D) the average token and sampled ones, at most 64.
         bias: (V,) or None.
         logit_scale: factor on E C^T + bias.
         out: (V,) average logit plus half of its variance, rounded to its dtype.
     """
-    num_probes, vocab = sampled.shape
+    (num_probes, hidden), vocab = probes.shape, weight.shape[0]
+    block_d = tuning.config_for(weight)[0].block_d
+    block_p = max(16, triton.next_power_of_2(num_probes))
+    descriptor = tuning.use_descriptors(weight, probes)
     launch(
         mass_key_kernel,
-        ceil_div(vocab, 256),
-        sampled_ptr=sampled,
+        ceil_div(vocab, _KEY_ROWS),
+        weight=matrix_argument(weight, _KEY_ROWS, block_d, descriptor),
+        probes=matrix_argument(probes, block_p, block_d, descriptor),
         bias_ptr=bias,
         out_ptr=out,
-        P=num_probes,
         V=vocab,
-        stride_sampled=sampled.stride(0),
+        D=hidden,
+        P=num_probes,
+        stride_weight=weight.stride(0),
+        stride_probes=probes.stride(0),
         logit_scale=float(logit_scale),
         HAS_BIAS=bias is not None,
-        BLOCK_P=16,
-        BLOCK_V=256,
+        DESCRIPTOR=descriptor,
+        PRECISION=tuning.input_precision(weight.dtype),
+        BLOCK_V=_KEY_ROWS,
+        BLOCK_P=block_p,
+        BLOCK_D=block_d,
         num_warps=4,
+        num_stages=4,
     )
 
 
