@@ -42,8 +42,9 @@ _SHARE_BY_ROWS = 0.25
 # Wave quantisation: a gather of fewer rows is accepted for fuller waves, down to this share.
 _LEAST_GATHER = 0.5
 # Where dC's memory holds logits of the first rows of the order: of so many of all rows. A model in
-# training keeps 10% to 14%, next to all of them first in the order.
-_KEPT_SHARE = 1 / 7
+# training keeps 10% to 14%, next to all of them first in the order. What is left of that memory
+# holds gathered rows: at D 1536 a seventh would leave room for seven launches, this for four.
+_KEPT_SHARE = 0.135
 # And they and the sum of dE take at most so much of that memory.
 _LATE_SHARE = 0.9
 # Of the rows whose logits are kept, what the backward pass is likely to walk over.

@@ -844,7 +844,7 @@ def gather_rows(
     if out is None:
         out = weight.new_empty(len(rows), row_pitch(hidden, weight.itemsize))[:, :hidden]
     made = out[: len(rows)]
-    block_d = 64
+    block_d = 128
     launch(
         gather_rows_kernel,
         ceil_div(len(rows), tile) * ceil_div(hidden, block_d),
@@ -897,32 +897,22 @@ def sorted_statistics(
     else:
         free = None
     keeps = 0 if kept is None else kept.columns
-    for first, last in ((0, keeps), (keeps, vocab)):
-        step = rows_per_gather(
-            available,
-            row,
-            tile,
-            last - first,
-            ceil_div(num_tokens, config.block_n),
-            programs,
+    token_blocks = ceil_div(num_tokens, config.block_n)
+    step = rows_per_gather(available, row, tile, vocab, token_blocks, programs)
+    for start, stop in blocks(vocab, step):
+        ids = order[start:stop]
+        t0, t1 = start // tile, ceil_div(stop, tile)
+        part = logits._replace(
+            weight=gather_rows(logits.weight, ids, tile, means[t0:t1], free),
+            bias=None if logits.bias is None else logits.bias.index_select(0, ids),
+            target=target,
+            first_id=logits.first_id + start,
         )
-        for start, stop in blocks(last - first, step):
-            start, stop = first + start, first + stop
-            ids = order[start:stop]
-            t0, t1 = start // tile, ceil_div(stop, tile)
-            part = logits._replace(
-                weight=gather_rows(logits.weight, ids, tile, means[t0:t1], free),
-                bias=None if logits.bias is None else logits.bias.index_select(0, ids),
-                target=target,
-                first_id=logits.first_id + start,
-            )
-            keep = None
-            if kept is not None and stop <= keeps:
-                keep = kept.below_max[start:stop]
-            forward.tile_statistics(
-                part, rows, tiles[t0:t1], merged, ids=ids, masses=True, keep=keep
-            )
-            del part  # before the next rows are gathered
+        keep = None
+        if kept is not None and start < keeps:
+            keep = kept.below_max[start : min(stop, keeps)]
+        forward.tile_statistics(part, rows, tiles[t0:t1], merged, ids=ids, masses=True, keep=keep)
+        del part  # before the next rows are gathered
     if kept is not None:
         forward.keep_maxima(tiles, kept.tile_max)
     forward.merge_tiles(target, logits.first_id, vocab, rows, tiles, merged)

@@ -49,6 +49,7 @@ def tile_statistics_kernel(
     stride_input,
     stride_weight,
     stride_keep,
+    keep_V,
     first_id,
     logit_scale,
     logit_softcap,
@@ -75,7 +76,8 @@ def tile_statistics_kernel(
 
     With SORTED the columns are in another order than their ids, which are in ids_ptr (V,). MASSES
     adds rows for the far field: the sum of exp(x - m)^2; and with a cap the sum of its derivative,
-    weighted by exp(x - m) and not. With KEEP keep (V, N) takes x - m, transposed, in fp16."""
+    weighted by exp(x - m) and not. With KEEP keep (keep_V, N) takes x - m of the first columns,
+    transposed, in fp16."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_v = tl.cdiv(V, BLOCK_V)
     for tile in tl.range(tl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS, flatten=True):
@@ -106,12 +108,13 @@ def tile_statistics_kernel(
         max_x = tl.max(x, axis=1)
         shifted = x - tl.where(max_x == float("-inf"), 0.0, max_x)[:, None]
         if KEEP:
-            # Through pointers: with a descriptor it is no faster, and Triton 3.7 cannot build that
-            # for Blackwell.
-            store_tile(
-                keep, block_v * BLOCK_V, block_n * BLOCK_N, V, N, stride_keep,
-                tl.trans(shifted.to(tl.float16)), BLOCK_V, BLOCK_N, False,
-            )  # fmt: skip
+            if block_v * BLOCK_V < keep_V:
+                # Through pointers: with a descriptor it is no faster, and Triton 3.7 cannot build
+                # that for Blackwell.
+                store_tile(
+                    keep, block_v * BLOCK_V, block_n * BLOCK_N, keep_V, N, stride_keep,
+                    tl.trans(shifted.to(tl.float16)), BLOCK_V, BLOCK_N, False,
+                )  # fmt: skip
         exp_x = tl.exp2(shifted * LOG2E)
 
         out = tiles_ptr + block_v.to(tl.int64) * ROWS * N + rows
@@ -307,13 +310,13 @@ def tile_statistics(
         merged: (rows, N) fp32.
         ids: (V,) int64 number of each column, where that is not its place.
         masses: also make the rows for the far field: one, or three with a cap.
-        keep: (V, N) fp16, takes the logits less their tile's maximum; or None.
+        keep: (columns, N) fp16, takes the first columns' logits less their tile's maximum; or None.
     """
     run = _tile_statistics(
         LogitsForm.of(logits),
         rows,
         tiles.shape[1],
-        None if keep is None else keep.stride(0),
+        None if keep is None else (len(keep), keep.stride(0)),
         ids is not None,
         masses,
     )
@@ -325,15 +328,17 @@ def _tile_statistics(
     form: LogitsForm,
     rows: StatRows,
     tile_rows: int,
-    keep_stride: int | None,
+    keep: tuple[int, int] | None,
     is_sorted: bool,
     masses: bool,
 ) -> Prepared:
+    keep_columns, keep_stride = keep or (0, 0)
     return Prepared(
         tile_statistics_kernel,
         min(form.programs, form.tiles),
-        stride_keep=keep_stride or 0,
-        KEEP=keep_stride is not None,
+        stride_keep=keep_stride,
+        keep_V=keep_columns,
+        KEEP=keep is not None,
         SORTED=is_sorted,
         MASSES=masses,
         **_flags(rows, tile_rows),
