@@ -83,6 +83,7 @@ def prepare(
             device=operands.input.device,
             needs_input_grad=operands.input.requires_grad and torch.is_grad_enabled(),
             has_bias=operands.bias is not None,
+            into_out=operands.grad_weight_out is not None,
         )
         if sharding.debug_enabled() and not torch.compiler.is_compiling():
             _check_targets(operands.target, checked.ignore_index, shard.vocab_size)

@@ -37,7 +37,7 @@ class _Keywords(TypedDict, total=False):
     impl: str
     workspace_bytes: int | None
     keep_logits_bytes: int
-    keep_logits_in_grad: bool
+    keep_logits_in_grad: bool | None
 
 
 @overload
@@ -81,7 +81,7 @@ def linear_cross_entropy(
     impl: str = "auto",
     workspace_bytes: int | None = None,
     keep_logits_bytes: int = 0,
-    keep_logits_in_grad: bool = False,
+    keep_logits_in_grad: bool | None = None,
 ) -> Tensor | tuple[Tensor, LossStats]:
     """Cross entropy of `input @ linear_weight.T` against `target`, without storing the logits.
 
@@ -129,18 +129,19 @@ def linear_cross_entropy(
         keep_logits_in_grad: keep as many logits as fit the memory of the weight's gradient, which
             is then allocated in the forward pass and not in the backward pass: all of them while N
             (up to a multiple of 16) <= D, a share of D / N beyond (with an fp32 gradient twice
-            that). With GradFilter.far_field() those of the first seventh of the rows in its order,
+            that). With GradFilter.far_field() those of the first 13.5% of the rows in its order,
             or as many whole tiles of them as fit beside `input` in fp32. Needs no memory beside it
-            but about 1% of what is kept. For the same operands, with the exact filter or the far
-            field; not together with keep_logits_bytes or grad_weight_out. Nothing is kept on
-            the CPU, under torch.compile, unless `input` and the weight both need a gradient, or
-            with the exact filter where N > D and workspace_bytes does not hold half of `input` in
-            fp32 and 512 columns of logits in 16 bits (by default where V is below some 20 D), or
-            with the far field where not one tile fits or workspace_bytes does not hold the kept
-            rows of the weight's gradient among its last ones (by default where there are fewer
-            tokens than D or so), nor where D is odd. A second backward pass
-            through the same graph recomputes; non-reentrant activation checkpointing around the
-            loss has the gradient's memory twice while it recomputes.
+            but about 1% of what is kept. For fp16 and bf16 operands, with the exact filter or the
+            far field; not together with keep_logits_bytes or grad_weight_out. None, the default:
+            with the far field where it can be, never with the exact filter.
+            Nothing is kept on the CPU, under torch.compile, unless `input` and the weight both need
+            a gradient, or with the exact filter where N > D and workspace_bytes does not hold half
+            of `input` in fp32 and 512 columns of logits in 16 bits (by default where V is below
+            some 20 D), or with the far field where not one tile fits or workspace_bytes does not
+            hold the kept rows of the weight's gradient among its last ones (by default where there
+            are fewer tokens than D or so), nor where D is odd. A second backward pass through the
+            same graph recomputes; non-reentrant activation checkpointing around the loss has the
+            gradient's memory twice while it recomputes.
 
     Returns:
         The loss, fp32 (fp64 for fp64): () for "mean" and "sum", target's shape for "none"; with

@@ -39,7 +39,7 @@ class Settings:
     impl: str = "auto"
     workspace_bytes: int | None = None
     keep_logits_bytes: int = 0
-    keep_logits_in_grad: bool = False
+    keep_logits_in_grad: bool | None = None
 
     def __post_init__(self) -> None:
         if self.reduction not in ("none", "mean", "sum"):
@@ -78,8 +78,8 @@ class Settings:
             or self.keep_logits_bytes < 0
         ):
             fail("keep_logits_bytes", "an int >= 0", repr(self.keep_logits_bytes))
-        if not isinstance(self.keep_logits_in_grad, bool):
-            fail("keep_logits_in_grad", "True or False", repr(self.keep_logits_in_grad))
+        if not isinstance(self.keep_logits_in_grad, bool | None):
+            fail("keep_logits_in_grad", "True, False or None", repr(self.keep_logits_in_grad))
         if self.keep_logits_in_grad and self.keep_logits_bytes > 0:
             fail(
                 "keep_logits_bytes",
@@ -240,6 +240,7 @@ def _resolve(
     device: torch.device,
     needs_input_grad: bool,
     has_bias: bool,
+    into_out: bool,
 ) -> LossOptions:
     start, stop, vocab_size, group_name = bounds
     reduce_input_grad, sequence_parallel = flags
@@ -250,6 +251,10 @@ def _resolve(
                 f"{none} with products in {compute_dtype}, whose logits 16 bits do not hold",
                 repr(getattr(settings, name)),
             )
+    inside = settings.keep_logits_in_grad
+    if inside is None:
+        possible = compute_dtype.itemsize == 2 and not into_out
+        inside = possible and settings.grad_filter.kind == "far-field"
     terms = ""
     if group_name:
         # What must be the same on every rank beside numbers: those may be symbolic under
@@ -289,7 +294,7 @@ def _resolve(
         compute_dtype=compute_dtype,
         workspace_bytes=settings.workspace_bytes,
         keep_logits_bytes=settings.keep_logits_bytes,
-        keep_logits_in_grad=settings.keep_logits_in_grad,
+        keep_logits_in_grad=inside,
         impl=_resolve_impl(settings.impl, compute_dtype, device),
         terms=terms,
     )

@@ -284,6 +284,24 @@ def test_a_lost_gpu_ends_the_run_and_resume_goes_on(
     assert command.main(flags) == 0 and len(records.read([str(out)])[0]) == 12
 
 
+@pytest.mark.parametrize(
+    ("flags", "recorded"),
+    [
+        ([], {}),
+        (["--keep-logits-in-grad"], {"keep_logits_in_grad": True}),
+        (["--no-keep-logits-in-grad"], {"keep_logits_in_grad": False}),
+    ],
+)
+def test_where_logits_are_kept_is_asked_for_or_left_to_the_library(
+    tmp_path: Path, flags: list[str], recorded: dict[str, Any]
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    run = ["run", "--shape", "48,16,96", "--implementations", "cce-tp-far-field", *QUICK]
+    assert command.main([*run, "--out", str(out), *flags]) == 0
+    (record,) = records.read([str(out)])[0]
+    assert (record["status"], record["options"]) == ("ok", recorded)
+
+
 def test_what_resume_does_not_take_for_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

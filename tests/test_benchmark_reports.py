@@ -306,6 +306,8 @@ def test_options_about_memory_stand_beside_others_in_a_figure(tmp_path: Path) ->
     assert "softcap=30" in texts[1] and "cce-tp-exact, workspace_mib=16" in texts[1]
     assert kept["implementation"] == "cce-tp-exact"
     assert figures._style("cce-tp-exact, keep_logits_in_grad")["fillstyle"] == "none"
+    kept["options"] = {"keep_logits_in_grad": False}
+    assert records.option_words(kept) == ["no keep_logits_in_grad"]
 
 
 def test_roofline() -> None:

@@ -52,7 +52,8 @@ BUDGET = 0.05
 
 
 def far(budget: float = BUDGET) -> dict[str, Any]:
-    return {"grad_filter": cce_tp.GradFilter.far_field(budget)}
+    """Without kept logits, which are in test_far_kept_logits."""
+    return {"grad_filter": cce_tp.GradFilter.far_field(budget), "keep_logits_in_grad": False}
 
 
 def trained(

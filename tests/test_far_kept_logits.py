@@ -6,6 +6,7 @@ tile.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,8 +152,9 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def solve(operands: Operands, impl: str, budget: float = BUDGET, **options: Any) -> Outcome:
-    chosen = cce_tp.GradFilter.far_field(budget)
-    return call(operands, {"reduction": "none", "impl": impl, "grad_filter": chosen, **options})
+    fixed = {"reduction": "none", "impl": impl, "keep_logits_in_grad": False}
+    fixed["grad_filter"] = cce_tp.GradFilter.far_field(budget)
+    return call(operands, {**fixed, **options})
 
 
 def kept(operands: Operands, impl: str, **options: Any) -> tuple[Outcome, Walked]:
@@ -222,6 +224,35 @@ def test_without_a_gradient_of_the_bias(impl: str, dtype: torch.dtype, way: str)
     plain = solve(operands, impl)
     assert relative_error(outcome.grad_input, plain.grad_input) < CLOSE
     assert relative_error(outcome.grad_weight, plain.grad_weight) < CLOSE
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+def test_the_far_field_keeps_them_by_default(impl: str, dtype: torch.dtype) -> None:
+    operands = trained(impl, dtype, **WAYS["run"])
+    outcome, walked = kept(operands, impl)
+    with walks() as found:
+        default = solve(operands, impl, keep_logits_in_grad=None)
+    assert found == [walked]
+    assert same_bits(default.grad_weight, outcome.grad_weight)
+
+
+@pytest.mark.parametrize("none", ["exact", "paper", "into-a-tensor", "fp32", "asked-not-to"])
+def test_and_nobody_else_does(none: str) -> None:
+    dtype = torch.float32 if none == "fp32" else torch.float16
+    operands = trained("torch", dtype, **WAYS["run"])
+    options: dict[str, Any] = {"keep_logits_in_grad": False if none == "asked-not-to" else None}
+    if none in ("exact", "paper"):
+        options["grad_filter"] = getattr(cce_tp.GradFilter, none)()
+    if none == "into-a-tensor":
+        options["grad_weight_out"] = torch.zeros_like(operands.weight)
+    wanted = {"lend": far_field, "_kept_inside": ops}
+    with contextlib.ExitStack() as stack:
+        makers = [
+            stack.enter_context(mock.patch.object(where, name, side_effect=AssertionError))
+            for name, where in wanted.items()
+        ]
+        solve(operands, "torch", **options)
+    assert not any(maker.called for maker in makers)
 
 
 @pytest.mark.once

@@ -326,7 +326,9 @@ def test_nothing_is_kept_without_gradients() -> None:
         pytest.param(
             torch.bfloat16, {"keep_logits_bytes": 1, "keep_logits_in_grad": True}, "0", id="both"
         ),
-        pytest.param(torch.bfloat16, {"keep_logits_in_grad": 1}, "True or False", id="not-bool"),
+        pytest.param(
+            torch.bfloat16, {"keep_logits_in_grad": 1}, "True, False or None", id="not-bool"
+        ),
         pytest.param(torch.float32, {"keep_logits_in_grad": True}, "16 bits", id="in-grad-fp32"),
         pytest.param(
             torch.bfloat16,

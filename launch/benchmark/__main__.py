@@ -126,8 +126,8 @@ def _add_case_arguments(command: argparse.ArgumentParser) -> None:
     )
     add(
         "--keep-logits-in-grad",
-        action="store_true",
-        help="as many as fit dC's memory; far field: fewer",
+        action=argparse.BooleanOptionalAction,
+        help="as many as fit dC's memory; the far field fewer, and by default",
     )
     add("--forward-only", action="store_true")
     out = command.add_argument_group("what is written")

@@ -97,7 +97,7 @@ class Options:
         keep_logits_mib: this library's exact filter keeps so many MiB of logits for the backward
             pass.
         keep_logits_in_grad: it keeps as many as fit the memory of dC; the far field those of the
-            first rows of its order.
+            first rows of its order; None: the library's default.
         forward_only: no backward pass.
 
     Raises:
@@ -112,7 +112,7 @@ class Options:
     grad_weight_out: bool = False
     workspace_mib: float | None = None
     keep_logits_mib: float = 0.0
-    keep_logits_in_grad: bool = False
+    keep_logits_in_grad: bool | None = None
     forward_only: bool = False
 
     def __post_init__(self) -> None:

@@ -232,8 +232,11 @@ def case_label(record: Record) -> str:
 
 def option_words(record: Record) -> list[str]:
     """The options that were asked for, such as "softcap=30"."""
-    options = record["options"].items()
-    return [name if value is True else f"{name}={value:g}" for name, value in options]
+    words = {True: "{}", False: "no {}"}
+    return [
+        words[value].format(name) if isinstance(value, bool) else f"{name}={value:g}"
+        for name, value in record["options"].items()
+    ]
 
 
 def ranks_label(record: Record) -> str:
