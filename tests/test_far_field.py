@@ -307,6 +307,57 @@ def test_any_gradient_alone(impl: str, wanted: tuple[bool, bool, bool]) -> None:
 
 
 @pytest.mark.no_poison
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_that_are_the_targets_of_many_tokens(impl: str, accumulate: bool) -> None:
+    """Which are found among all tokens, however far apart."""
+    tile = backend(impl).tile_rows(torch.empty(0, device=DEVICE))
+    tokens, hidden, vocab = 2500, 24, 4 * tile - 5
+    random = torch.Generator().manual_seed(int(accumulate))
+    order = torch.randperm(vocab, generator=random)
+    kept = torch.tensor([1, 0, 0, 0], dtype=torch.int32)
+    weight, input = (torch.randn(n, hidden, generator=random) for n in (len(kept), tokens))
+    before = torch.randn(vocab, hidden, generator=random) if accumulate else None
+    factor = torch.randn(tokens, generator=random)
+    # A few rows for many tokens, a row for each of some, and for the others none.
+    place = torch.randint(tile, vocab, (tokens,), generator=random)
+    place[: tokens // 2] = place[torch.randint(0, 5, (tokens // 2,), generator=random)]
+    row = order[place]
+    row[torch.rand(tokens, generator=random) < 0.3] = -1
+
+    expected = (
+        torch.zeros(vocab, hidden, dtype=torch.float64) if before is None else before.double()
+    )
+    sums = torch.zeros(vocab, dtype=torch.float64)
+    counts = torch.full((len(kept),), tile).index_fill_(0, torch.tensor([3]), tile - 5)
+    far_rows = (weight.double() / counts[:, None])[torch.arange(vocab) // tile]
+    far_rows[:tile] = 0.0
+    expected.index_add_(0, order, far_rows)
+    there = row >= 0
+    expected.index_add_(0, row[there], factor[there, None].double() * input[there].double())
+    sums.index_add_(0, row[there], factor[there].double())
+
+    is_target = torch.zeros(vocab, dtype=torch.uint8).index_fill_(0, row[there], 1)
+    tiles = torch.where(there, place // tile, -1)
+    plan = far_field.TargetPlan(row, row, tiles, factor, is_target)
+    plan = far_field.TargetPlan(*(each.to(DEVICE) for each in plan))
+    gradient = far_field.FarGradient(
+        tile=tile,
+        order=order.to(DEVICE),
+        kept=kept.to(DEVICE),
+        weight=weight.to(DEVICE),
+        targets=plan,
+    )
+    out = torch.zeros(vocab, hidden) if before is None else before.clone()
+    out, bias = out.to(DEVICE), torch.zeros(vocab, device=DEVICE)
+    write = backend(impl).write_far_rows
+    whole = (0, vocab)
+    write(gradient, input.to(DEVICE), out, None, whole, targets=True, accumulate=accumulate)
+    write(gradient, input.to(DEVICE), None, bias, whole, targets=True, accumulate=True)
+    assert torch.allclose(out.cpu().double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(bias.cpu().double(), sums, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_two_runs_give_equal_bits(impl: str) -> None:
     operands = trained(impl)
