@@ -25,6 +25,9 @@ from cce_tp.stats import StatRows
 # Own tokens of a rank from which it begins with them while the others' come. Two or three launches
 # in place of one: a guess at where they pay, measured at 1024 alone.
 _FEW_TOKENS = 512
+# What the tensor memory accelerator writes at a time, also where a matrix ends before (measured on
+# an H200).
+_UNIT_BYTES = 16
 
 
 def debug_enabled() -> bool:
@@ -354,10 +357,16 @@ class TokenGather:
     def pieces(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, Tensor]]:
         """(start, stop, hidden states) of this rank's own tokens among [start, stop), then of the
         others before and after them, for work that can begin with its own; or of all at once, where
-        its own are few.
+        its own are few. Pieces begin and end at whole units of 16 bytes of a row of tokens, from
+        `start` on, in the hidden states' dtype; own tokens in a broken unit go with the others.
         """
         stop = self.whole.shape[0] if stop is None else stop
         first, last = max(start, self.own[0]), min(stop, self.own[1])
+        # G^T is written in whole units: what ended inside one would go over tokens that are done.
+        unit = _UNIT_BYTES // self.whole.itemsize
+        first = start + -(-(first - start) // unit) * unit
+        if last < stop:
+            last -= (last - start) % unit
         if last - first < _FEW_TOKENS or (first, last) == (start, stop):
             self.wait()
             yield start, stop, self.whole[start:stop]

@@ -13,6 +13,7 @@ from torch import Tensor
 import cce_tp
 from cce_tp.backend import backend
 from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient
+from cce_tp.sharding import TokenGather
 from cce_tp.stats import StatRows
 from cce_tp.workspace import gradient_pitch
 from oracle import dense
@@ -232,7 +233,9 @@ def test_unaligned_operands(offset: int, hidden: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("edges", [(516, 1032), (512, 1024), (3, 1029)], ids=str)
 def test_pieces_of_the_tokens_make_the_whole(dtype: torch.dtype, edges: tuple[int, int]) -> None:
-    """Statistics, kept logits and G^T of the tokens in the middle first, then of those beside."""
+    """Statistics, kept logits and G^T of the tokens in the middle first, then of those beside.
+
+    Not bit by bit: for other numbers of tokens Triton makes other machine code."""
     tokens, vocab = 1500, 1111
     input, weight, target = language_model_like(tokens, vocab, 256, dtype)
     logits = LocalLogits(input, weight, None, target, 0, 1.0, None)
@@ -257,9 +260,13 @@ def test_pieces_of_the_tokens_make_the_whole(dtype: torch.dtype, edges: tuple[in
             chosen.grad_logits(part, share, out[:, start:stop], None)
         return [packed, out[:, :tokens], *(() if kept is None else kept[:2])]
 
-    first, last = edges
-    found = run([(first, last), (0, first), (last, tokens)])
-    assert all(map(same_bits, found, run([(0, tokens)])))
+    gather = object.__new__(TokenGather)
+    gather.whole, gather.own, gather._work = input, edges, None
+    gather._local = input[slice(*edges)]
+    pieces = [(start, stop) for start, stop, _ in gather.pieces()]
+    assert len(pieces) == 3 and pieces[0][0] > 0
+    for found, expected in zip(run(pieces), run([(0, tokens)]), strict=True):
+        assert relative_error(found.float(), expected.float()) < 1e-4
 
 
 def test_another_stream() -> None:

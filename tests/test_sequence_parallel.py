@@ -14,6 +14,8 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import cce_tp
 from backward_passes import kept_columns, operands_as_they_are
@@ -257,6 +259,32 @@ def test_frozen_input_or_weight(pool: RankPool, wanted: tuple[bool, bool]) -> No
     assert pool.run(with_frozen, wanted, ranks=2) == [[], []]
 
 
+@given(
+    own=st.tuples(st.integers(0, 5000), st.integers(0, 5000)).map(sorted),
+    chunk=st.tuples(st.integers(0, 5000), st.integers(1, 5000)).map(sorted),
+    dtype=st.sampled_from([torch.int16, torch.int32, torch.int64]),  # numbers that are exact
+)
+def test_pieces_begin_and_end_at_whole_units(
+    own: list[int], chunk: list[int], dtype: torch.dtype
+) -> None:
+    """G^T is written in units of 16 bytes: a piece that ended inside one, with its neighbour done
+    before, would go over the neighbour's first tokens."""
+    start, stop = chunk
+    gather = object.__new__(sharding.TokenGather)
+    gather.whole = torch.arange(5000, dtype=dtype)[:, None]
+    gather.own, gather._local, gather._work = (own[0], own[1]), gather.whole[slice(*own)], None
+    pieces = list(gather.pieces(start, stop))
+    unit = 16 // dtype.itemsize
+    for first, last, input in pieces:
+        assert (first - start) % unit == 0 and (last == stop or (last - start) % unit == 0)
+        assert input[:, 0].tolist() == list(range(first, last))
+    if len(pieces) > 1:
+        assert own[0] <= pieces[0][0] and pieces[0][1] <= own[1]
+    assert sorted(token for first, last, _ in pieces for token in range(first, last)) == list(
+        range(start, stop)
+    )
+
+
 def bad_part(rank: Rank, shape: tuple[int, ...], targets: int) -> Answer:
     shard = cce_tp.VocabShard.even(20, rank.group)
     shard = replace(shard, sequence_parallel=True)
@@ -274,8 +302,8 @@ def bad_part(rank: Rank, shape: tuple[int, ...], targets: int) -> Answer:
 def test_parts_that_do_not_fit(
     pool: RankPool, shape: tuple[int, ...], targets: int, message: str
 ) -> None:
-    for given in pool.run(bad_part, shape, targets, ranks=2, group=None):
-        assert given.error is not None and re.search(message, given.error), given.error
+    for found in pool.run(bad_part, shape, targets, ranks=2, group=None):
+        assert found.error is not None and re.search(message, found.error), found.error
 
 
 def test_sequence_parallel_needs_a_group_and_the_reduction() -> None:

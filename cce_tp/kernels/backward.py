@@ -312,7 +312,8 @@ def grad_logits(
     Args:
         logits: N tokens against the V columns of the strip.
         upstream: gradient and global statistics of the same tokens.
-        out_VN: (V, N) in the inputs' dtype, last dim contiguous; G^T, every element is written.
+        out_VN: (V, N) in the inputs' dtype, last dim contiguous; G^T, every element is written; and
+            perhaps what follows a row of it, up to a whole unit of 16 bytes.
         eps: threshold of the paper's filter, or None for all of G.
 
     Returns:
