@@ -323,6 +323,7 @@ class _BackwardPass:
             self.backend.grad_logits(logits, self.upstream, grad_KN[known:run], None)
         self._add_bias(_Strip(0, run, far.kept.rows[:run]), grad_KN[:run])
         del logits
+        assert run > 0  # the first tile is always kept; so the product that comes first is made
         for start, stop in blocks(run, ahead):
             if start == 0:
                 part_KN = all_KN[: num_tiles + stop]

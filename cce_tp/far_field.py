@@ -43,7 +43,7 @@ _SHARE_BY_ROWS = 0.25
 _LEAST_GATHER = 0.5
 # Where dC's memory holds logits of the first rows of the order: of so many of all rows. A model in
 # training keeps 10% to 14%, next to all of them first in the order. What is left of that memory
-# holds gathered rows: at D 1536 a seventh would leave room for seven launches, this for four.
+# holds gathered rows: at 8192 x 1536 x 131072 a seventh would make six launches, this makes four.
 _KEPT_SHARE = 0.135
 # And they and the sum of dE take at most so much of that memory.
 _LATE_SHARE = 0.9

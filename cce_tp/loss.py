@@ -141,7 +141,9 @@ def linear_cross_entropy(
             hold the kept rows of the weight's gradient among its last ones (by default where there
             are fewer tokens than D or so), nor where D is odd. A second backward pass through the
             same graph recomputes; non-reentrant activation checkpointing around the loss has the
-            gradient's memory twice while it recomputes.
+            gradient's memory twice while it recomputes. Each loss that waits for its backward pass
+            holds such a gradient: where several do, as heads of multi-token prediction, False
+            takes less memory.
 
     Returns:
         The loss, fp32 (fp64 for fp64): () for "mean" and "sum", target's shape for "none"; with

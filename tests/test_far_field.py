@@ -306,7 +306,6 @@ def test_any_gradient_alone(impl: str, wanted: tuple[bool, bool, bool]) -> None:
             assert relative_error(got, getattr(whole, name)) < 1e-5
 
 
-@pytest.mark.no_poison
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_rows_that_are_the_targets_of_many_tokens(impl: str, accumulate: bool) -> None:
@@ -358,6 +357,24 @@ def test_rows_that_are_the_targets_of_many_tokens(impl: str, accumulate: bool) -
     assert torch.allclose(bias.cpu().double(), sums, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("tiles", [3, 1500])
+def test_numbers_of_kept_tiles(tiles: int) -> None:
+    """As the reference has them; more than a block of the kernel, and with a short last tile."""
+    random = torch.Generator().manual_seed(tiles)
+    order = torch.randperm(64 * tiles - 7, generator=random).to(DEVICE)
+    for first_gap in (1, tiles // 2, tiles - 1):
+        kept = torch.randint(0, 2, (tiles,), generator=random, dtype=torch.int32)
+        kept[:first_gap], kept[first_gap], kept[-1] = 1, 0, 1
+        ours, reference = (
+            backend(impl).kept_rows(kept.to(DEVICE), order, 64, len(order) // 2)
+            for impl in ("triton", "torch")
+        )
+        assert ours.numbers.tolist() == reference.numbers.tolist()
+        run = first_gap if first_gap < tiles - 1 else tiles
+        assert reference.numbers.tolist()[::2] == [int(kept.sum()), run]
+
+
+@pytest.mark.no_poison
 @pytest.mark.parametrize("impl", IMPLS)
 def test_two_runs_give_equal_bits(impl: str) -> None:
     operands = trained(impl)

@@ -28,7 +28,7 @@ from ranks import COUNTS, Rank, RankPool
 from sharding_cases import Answer, answer, shard_of
 from test_walks import WALKS
 from tolerance import check_outcome, relative_error
-from variants import DEVICE, IMPLS, LOW_IMPL_DTYPES, MAIN_IMPL_DTYPES
+from variants import DEVICE, HAS_CUDA, IMPLS, LOW_IMPL_DTYPES, MAIN_IMPL_DTYPES
 
 EVERYTHING: dict[str, Any] = {
     "reduction": "none",
@@ -219,7 +219,7 @@ def beside_whole_input(
 )
 def test_filters(pool: RankPool, grad_filter: cce_tp.GradFilter) -> None:
     """Which look at all tokens before they begin. (The reference's tiles are too large for it to
-    leave any out here.)"""
+    leave any out here, and so are a GPU's for the paper's filter.)"""
     problem = Problem(
         impl="triton",
         tokens=(40,),
@@ -229,7 +229,8 @@ def test_filters(pool: RankPool, grad_filter: cce_tp.GradFilter) -> None:
         options={"reduction": "none"},
     )
     for errors, filtered in pool.run(beside_whole_input, problem, grad_filter, ranks=2):
-        assert max(errors) < 1e-6 and filtered
+        assert max(errors) < 1e-6
+        assert filtered or (HAS_CUDA and grad_filter.kind == "paper")
 
 
 @pytest.mark.parametrize("cap", [1 << 20, None], ids=["1MiB", "default"])
