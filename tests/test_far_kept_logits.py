@@ -129,6 +129,10 @@ def loss_of(operands: Operands, impl: str, *, stats: bool = False) -> Any:
     )
 
 
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 @contextmanager
 def walks() -> Iterator[list[Walked]]:
     """Yields what each backward pass did whose logits were kept."""
@@ -137,6 +141,9 @@ def walks() -> Iterator[list[Walked]]:
 
     def spy(self: Any, far: Any, kept: Any, workspace_bytes: int) -> bool | None:
         assert self.left_bytes == far._far.nbytes + kept.tile_max.nbytes
+        # The tiles' gradient lies in dC.
+        made = far._gradient.weight.nbytes + 27 * self.logits.shape[1]
+        assert _storage(far._summed) == _storage(self.sinks.weight) and far.nbytes == made
         done = walk(self, far, kept, workspace_bytes)
         found.append(Walked(done, kept.columns, far.run, self.columns.count))
         return done
@@ -254,6 +261,53 @@ def test_and_nobody_else_does(none: str) -> None:
         ]
         solve(operands, "torch", **options)
     assert not any(maker.called for maker in makers)
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_rows_gathered_behind_the_mean_rows_fit(forgets: bool) -> None:
+    """And what is taken out of dC's memory counts from then on."""
+    operands = trained("torch", torch.float16, tiles=48, tokens=100, hidden=480, steep=2.0)
+    fixed, rooms, gathered = [], [], []
+    far = far_field.FarBackward
+    sizes_of, gather, leave = backward._BackwardPass._sizes, far.with_means, far.leave_weight
+
+    def spy_sizes(self: Any, **options: Any) -> BackwardSizes:
+        sizes = sizes_of(self, **options)
+        fixed.append(sizes.fixed)
+        return sizes
+
+    def little(sizes: BackwardSizes, workspace_bytes: int, columns: int) -> int | None:
+        # 768 rows would fit, whole steps, but for the mean rows in front of them.
+        rooms.append((768 + 24) * sizes.strip_row)
+        workspace = fixed[0] + rooms[0]
+        workspace += workspace - for_buffers(workspace, sizes.tokens)
+        return rows_ahead(sizes, workspace, columns)
+
+    def spy_gather(self: Any, count: int) -> Tensor:
+        rows = gather(self, count)
+        gathered.append(rows.nbytes)
+        return rows
+
+    def spy_leave(self: Any) -> None:
+        before = self.nbytes
+        leave(self)
+        assert _storage(self._summed) != _storage(self._weight)
+        assert self.nbytes == before + self._summed.nbytes
+
+    with contextlib.ExitStack() as stack:
+
+        def patch(where: Any, name: str, new: Any) -> None:
+            stack.enter_context(mock.patch.object(where, name, new))
+
+        patch(backward._BackwardPass, "_sizes", spy_sizes)
+        patch(backward, "rows_ahead", little)
+        patch(far, "with_means", spy_gather)
+        patch(far, "leave_weight", spy_leave)
+        if forgets:
+            patch(backward, "plan_run", lambda *_: None)
+        _, walked = kept(operands, "torch")
+    assert (walked.done is None) == forgets
+    assert rooms[0] // 2 < gathered[0] <= rooms[0]
 
 
 @pytest.mark.once
