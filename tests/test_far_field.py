@@ -306,12 +306,13 @@ def test_any_gradient_alone(impl: str, wanted: tuple[bool, bool, bool]) -> None:
             assert relative_error(got, getattr(whole, name)) < 1e-5
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_rows_that_are_the_targets_of_many_tokens(impl: str, accumulate: bool) -> None:
     """Which are found among all tokens, however far apart."""
     tile = backend(impl).tile_rows(torch.empty(0, device=DEVICE))
-    tokens, hidden, vocab = 2500, 24, 4 * tile - 5
+    tokens, hidden, vocab = 1100, 24, 4 * tile - 5
     random = torch.Generator().manual_seed(int(accumulate))
     order = torch.randperm(vocab, generator=random)
     kept = torch.tensor([1, 0, 0, 0], dtype=torch.int32)
@@ -357,12 +358,13 @@ def test_rows_that_are_the_targets_of_many_tokens(impl: str, accumulate: bool) -
     assert torch.allclose(bias.cpu().double(), sums, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("tiles", [3, 1500])
+@pytest.mark.once
+@pytest.mark.parametrize("tiles", [3, 1030])
 def test_numbers_of_kept_tiles(tiles: int) -> None:
     """As the reference has them; more than a block of the kernel, and with a short last tile."""
     random = torch.Generator().manual_seed(tiles)
     order = torch.randperm(64 * tiles - 7, generator=random).to(DEVICE)
-    for first_gap in (1, tiles // 2, tiles - 1):
+    for first_gap in (1, tiles - 1):
         kept = torch.randint(0, 2, (tiles,), generator=random, dtype=torch.int32)
         kept[:first_gap], kept[first_gap], kept[-1] = 1, 0, 1
         ours, reference = (
