@@ -37,8 +37,10 @@ from cce_tp.workspace import blocks, gradient_pitch
 
 _BLOCK_N = 1024
 _BLOCK_T = 128
-# Classifier rows whose key of the order one program makes.
+# Classifier rows whose key of the order one program makes, and bytes of each in a step: with 64
+# probes and four stages 96 KiB, which every GPU has, whatever tiles of logits are tuned to.
 _KEY_ROWS = 128
+_KEY_BYTES = 128
 # Sums over the tokens are taken in so many parts.
 _SUM_PARTS = 32
 # Each program compares so few tiles with all others that there are many programs.
@@ -667,7 +669,7 @@ def mass_key(
         out: (V,) average logit plus half of its variance, rounded to its dtype.
     """
     (num_probes, hidden), vocab = probes.shape, weight.shape[0]
-    block_d = tuning.config_for(weight)[0].block_d
+    block_d = _KEY_BYTES // weight.itemsize
     block_p = max(16, triton.next_power_of_2(num_probes))
     descriptor = tuning.use_descriptors(weight, probes)
     launch(
