@@ -133,7 +133,7 @@ def linear_cross_entropy(
             or as many whole tiles of them as fit beside `input` in fp32. Needs no memory beside it
             but about 1% of what is kept. For fp16 and bf16 operands, with the exact filter or the
             far field; not together with keep_logits_bytes or grad_weight_out. None, the default:
-            with the far field where it can be, never with the exact filter.
+            wherever that can be.
             Nothing is kept on the CPU, under torch.compile, unless `input` and the weight both need
             a gradient, or with the exact filter where N > D and workspace_bytes does not hold half
             of `input` in fp32 and 512 columns of logits in 16 bits (by default where V is below

@@ -253,8 +253,9 @@ def _resolve(
             )
     inside = settings.keep_logits_in_grad
     if inside is None:
-        possible = compute_dtype.itemsize == 2 and not into_out
-        inside = possible and settings.grad_filter.kind == "far-field"
+        elsewhere = into_out or settings.keep_logits_bytes > 0
+        inside = compute_dtype.itemsize == 2 and not elsewhere
+        inside = inside and settings.grad_filter.kind != "paper"
     terms = ""
     if group_name:
         # What must be the same on every rank beside numbers: those may be symbolic under

@@ -96,7 +96,8 @@ def call(
 
     Args:
         operands: of this rank (the weight may be a shard).
-        options: every keyword argument but the bias.
+        options: every keyword argument but the bias. Logits are kept in the memory of dC where it
+            says so, not by default: on a GPU as on a CPU, so that tests mean the same on both.
         requires_grad: for input, weight, bias.
     """
     leaves: list[Tensor | None] = []
@@ -105,6 +106,7 @@ def call(
     ):
         leaves.append(None if tensor is None else tensor.detach().requires_grad_(wants))
     input, weight, bias = leaves
+    options = {"keep_logits_in_grad": False, **options}
     answer = cce_tp.linear_cross_entropy(
         input, weight, operands.target, linear_bias=bias, **options
     )

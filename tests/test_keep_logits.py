@@ -163,6 +163,33 @@ def test_gradients_from_logits_in_the_memory_of_dC(
     assert relative_error(outcome.grad_weight, plain.grad_weight) < 5e-3
 
 
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_the_exact_filter_keeps_them_in_dC_by_default(impl: str, dtype: torch.dtype) -> None:
+    operands = Problem(impl=impl, dtype=dtype, **INSIDE["half"]).build(DEVICE)
+    expected, columns = in_grad(operands, {"impl": impl})
+    with kept_columns() as found:
+        default = call(operands, {"impl": impl, "keep_logits_in_grad": None})
+    assert found == [columns] and columns > 0
+    for name in ("loss", "grad_input", "grad_weight"):
+        assert same_bits(getattr(default, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("why", ["beside", "into-a-tensor", "fp32", "asked-not-to"])
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_but_not_where_it_cannot(why: str) -> None:
+    dtype = torch.float32 if why == "fp32" else torch.float16
+    operands = Problem(dtype=dtype, **INSIDE["all"]).build(DEVICE)
+    options: dict[str, Any] = {"keep_logits_in_grad": False if why == "asked-not-to" else None}
+    if why == "beside":
+        options["keep_logits_bytes"] = PLENTY
+    if why == "into-a-tensor":
+        options["grad_weight_out"] = torch.zeros_like(operands.weight)
+    with mock.patch.object(KeptLogits, "inside") as inside:
+        call(operands, options)
+    assert not inside.called
+
+
 @pytest.mark.once
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 @pytest.mark.parametrize("shape", INSIDE)

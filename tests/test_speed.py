@@ -15,7 +15,7 @@ import torch
 from cce_tp import linear_cross_entropy
 
 N, D, V = 8192, 2304, 256000
-FORWARD_BAR, BOTH_BAR, KEPT_BAR, WORKSPACE_BAR = 1.05, 4.3, 4.05, 0.05
+FORWARD_BAR, BOTH_BAR, NOT_KEPT_BAR, WORKSPACE_BAR = 1.05, 4.05, 4.3, 0.05
 
 
 def _time_ms(step: Callable[[], object]) -> tuple[float, float]:
@@ -40,8 +40,8 @@ def _workspace_bytes(step: Callable[[], object], gradients: int) -> int:
 @pytest.mark.no_poison
 @pytest.mark.timeout(300)
 def test_speed_of_the_exact_path() -> None:
-    """Forward <= 1.05 gemm, forward + backward <= 4.3 gemm, or 4.05 with logits kept in the memory
-    of the weight's gradient, workspace <= 5% of the bf16 logits."""
+    """Forward <= 1.05 gemm, forward + backward <= 4.05 gemm, or 4.3 where no logits are kept in the
+    memory of the weight's gradient, workspace <= 5% of the bf16 logits."""
     generator = torch.Generator("cuda").manual_seed(0)
     options = {"device": "cuda", "dtype": torch.bfloat16, "generator": generator}
     hidden = torch.randn(N, D, **options).requires_grad_()
@@ -59,16 +59,16 @@ def test_speed_of_the_exact_path() -> None:
         hidden.grad = weight.grad = None
         linear_cross_entropy(hidden, weight, target).backward()
 
-    def kept() -> None:
+    def not_kept() -> None:
         hidden.grad = weight.grad = None
-        linear_cross_entropy(hidden, weight, target, keep_logits_in_grad=True).backward()
+        linear_cross_entropy(hidden, weight, target, keep_logits_in_grad=False).backward()
 
     unit, unit_spread = _time_ms(gemm)
     rows = [("E @ C^T by the vendor library", unit, unit_spread)]
-    steps = (("forward", forward), ("both", both), ("both, kept in dC", kept))
+    steps = (("forward", forward), ("both", both), ("both, no logits kept", not_kept))
     rows += [(name, *_time_ms(step)) for name, step in steps]
     gradient_bytes = 2 * (hidden.numel() + weight.numel())
-    workspace = max(_workspace_bytes(step, gradient_bytes) for step in (both, kept))
+    workspace = max(_workspace_bytes(step, gradient_bytes) for step in (both, not_kept))
     share = workspace / (2 * N * V)
 
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {N} x {D} x {V} bf16")
@@ -78,5 +78,5 @@ def test_speed_of_the_exact_path() -> None:
     if "H200" in torch.cuda.get_device_name():
         assert rows[1][1] <= FORWARD_BAR * unit
         assert rows[2][1] <= BOTH_BAR * unit
-        assert rows[3][1] <= KEPT_BAR * unit
+        assert rows[3][1] <= NOT_KEPT_BAR * unit
         assert share <= WORKSPACE_BAR

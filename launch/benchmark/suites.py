@@ -80,7 +80,7 @@ def _options() -> list[Case]:
         Options(workspace_mib=16),
         Options(workspace_mib=1024),
         Options(keep_logits_mib=1024),
-        Options(keep_logits_in_grad=True),
+        Options(keep_logits_in_grad=False),
         Options(forward_only=True),
     )
     cases = [Case(shape=_BASE, options=each, implementations=_OURS) for each in asked]
@@ -121,14 +121,14 @@ def _parallel() -> list[Case]:
                 sequence_parallel=parts,
                 implementations=_SHARDED,
             )
-            cases += [case, _kept_in_grad(case)]
+            cases += [case, _nothing_kept(case)]
     return cases
 
 
-def _kept_in_grad(case: Case) -> Case:
-    """The same for the exact path with logits in dC's memory."""
-    kept = Options(keep_logits_in_grad=True)
-    return replace(case, options=kept, implementations=_OURS[:1])
+def _nothing_kept(case: Case) -> Case:
+    """The same for the exact path without logits in dC's memory."""
+    none = Options(keep_logits_in_grad=False)
+    return replace(case, options=none, implementations=_OURS[:1])
 
 
 _PARTS: dict[str, Callable[[], list[Case]]] = {
@@ -148,7 +148,7 @@ SUITES = ("standard", "bars", "parallel", *_PARTS)
 def suite(name: str) -> list[Case]:
     """The cases of a suite.
 
-    "standard" is all parts, "bars" three shapes of this library alone, without and with logits in
+    "standard" is all parts, "bars" three shapes of this library alone, with and without logits in
     dC's memory, "parallel" for several processes.
 
     Raises:
@@ -158,7 +158,7 @@ def suite(name: str) -> list[Case]:
         cases = []
         for each in _BARS:
             case = Case(shape=Shape.of_model(each), suite=name, name=each, implementations=_OURS)
-            cases += [case, _kept_in_grad(case)]
+            cases += [case, _nothing_kept(case)]
         return cases
     if name == "parallel":
         return _parallel()
