@@ -44,17 +44,24 @@ _KEPT_BLOCK = (128, 32, 4)
 
 
 @triton.jit
+def token_terms(target_ptr, grad_ptr, max_ptr, log_sum_ptr, rows, first_col, N, V, first_id):
+    """Of each token: its target's column less first_col, upstream gradient, maximum, and log of the
+    sum."""
+    valid = rows < N
+    grad = tl.load(grad_ptr + rows, mask=valid, other=0.0)
+    max_x = tl.load(max_ptr + rows, mask=valid, other=0.0)
+    log_sum = tl.load(log_sum_ptr + rows, mask=valid, other=0.0)
+    target = target_column(target_ptr, rows, N, first_id, V) - first_col
+    return target, grad, max_x, log_sum
+
+
+@triton.jit
 def gradient_of(
     x,
-    rows,
-    first_col,
-    target_ptr,
-    grad_ptr,
-    max_ptr,
-    log_sum_ptr,
-    N,
-    V,
-    first_id,
+    target,
+    grad,
+    max_x,
+    log_sum,
     logit_softcap,
     z_loss,
     onehot_weight,
@@ -64,30 +71,31 @@ def gradient_of(
     HAS_Z_LOSS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """From a tile of logits x (tokens, BLOCK_V): the gradient of each token's own loss with respect
-    to y, the logit before the cap, and each token's upstream gradient."""
+    """From a tile of logits x (tokens, BLOCK_V) and its `token_terms`: the gradient of each token's
+    own loss with respect to y, the logit before the cap; 0 for masked tokens."""
     in_tile = tl.arange(0, BLOCK_V)
-    valid = rows < N
-    grad = tl.load(grad_ptr + rows, mask=valid, other=0.0)
-    max_x = tl.load(max_ptr + rows, mask=valid, other=0.0)
-    log_sum = tl.load(log_sum_ptr + rows, mask=valid, other=0.0)
     g = tl.exp2((x - max_x[:, None]) * LOG2E - (log_sum * LOG2E)[:, None])
     if HAS_Z_LOSS:
         g *= (1.0 + 2.0 * z_loss * (max_x + log_sum))[:, None]
     if HAS_SMOOTHING:
         g -= uniform_weight
-    target = target_column(target_ptr, rows, N, first_id, V) - first_col
+    here = (target >= 0) & (target < BLOCK_V)
+    # A masked token has gradient exactly 0 even where its logits are not finite.
+    masked = grad == 0.0
     # Most tiles hold no target, and no masked token: a branch costs less than a comparison per
-    # element.
-    if tl.max(((target >= 0) & (target < BLOCK_V)).to(tl.int32), axis=0) > 0:
-        g -= tl.where(in_tile[None, :] == target[:, None], onehot_weight, 0.0)
+    # element. It is one branch, since a second one that short becomes a selection of every element.
     if HAS_SOFTCAP:
+        if tl.max(here.to(tl.int32), axis=0) > 0:
+            g -= tl.where(in_tile[None, :] == target[:, None], onehot_weight, 0.0)
         capped = x * (1.0 / logit_softcap)
         g *= 1.0 - capped * capped
-    # A masked token has gradient exactly 0 even where its logits are not finite.
-    if tl.max((grad == 0.0).to(tl.int32), axis=0) > 0:
-        g = tl.where((grad == 0.0)[:, None], 0.0, g)
-    return g, grad
+        if tl.max(masked.to(tl.int32), axis=0) > 0:
+            g = tl.where(masked[:, None], 0.0, g)
+    else:
+        if tl.max((here | masked).to(tl.int32), axis=0) > 0:
+            g -= tl.where(in_tile[None, :] == target[:, None], onehot_weight, 0.0)
+            g = tl.where(masked[:, None], 0.0, g)
+    return g
 
 
 @triton.jit(do_not_specialize=["first_id"])
@@ -145,9 +153,12 @@ def grad_kept_kernel(
                 tile_max_ptr + tiles[:, None] * N + rows[None, :], mask=mask, other=0.0
             )
             x = tl.trans(below + tile_max)
-        g, grad = gradient_of(
-            x, rows, col, target_ptr, grad_ptr, max_ptr, log_sum_ptr, N, V,
-            first_id, logit_softcap, z_loss, onehot_weight, uniform_weight,
+        target, grad, max_x, log_sum = token_terms(
+            target_ptr, grad_ptr, max_ptr, log_sum_ptr, rows, col, N, V, first_id
+        )
+        g = gradient_of(
+            x, target, grad, max_x, log_sum,
+            logit_softcap, z_loss, onehot_weight, uniform_weight,
             BLOCK_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP,
         )  # fmt: skip
         if HAS_SCALE:
@@ -202,17 +213,20 @@ def grad_logits_kernel(
     blocks_v = tl.cdiv(V, BLOCK_V)
     for tile in tl.range(tl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS, flatten=True):
         block_n, block_v = grouped_block(tile, blocks_n, blocks_v, GROUP_N)
+        rows = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        # Before the products, so that nothing waits for these loads after them.
+        target, grad, max_x, log_sum = token_terms(
+            target_ptr, grad_ptr, max_ptr, log_sum_ptr, rows, block_v * BLOCK_V, N, V, first_id
+        )
         x = logits_tile(
             input, weight, bias_ptr, block_n * BLOCK_N, block_v * BLOCK_V, N, V, D,
             stride_input, stride_weight, logit_scale, logit_softcap,
             BLOCK_N, BLOCK_V, BLOCK_D, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, PRECISE_CAP, DESCRIPTOR,
             PRECISION,
         )  # fmt: skip
-        rows = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         in_tile = tl.arange(0, BLOCK_V)
-        g, grad = gradient_of(
-            x, rows, block_v * BLOCK_V, target_ptr, grad_ptr, max_ptr, log_sum_ptr, N, V, first_id,
-            logit_softcap, z_loss, onehot_weight, uniform_weight,
+        g = gradient_of(
+            x, target, grad, max_x, log_sum, logit_softcap, z_loss, onehot_weight, uniform_weight,
             BLOCK_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP,
         )  # fmt: skip
         if FILTER:
