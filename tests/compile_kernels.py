@@ -174,6 +174,9 @@ def main(capability: int) -> None:
             mock.patch.object(options, "_why_not_triton", lambda *_: None),
             mock.patch.object(tuning, "config_for", lambda *_, c=config: (c, 128)),
             mock.patch.object(tuning, "use_descriptors", lambda *_, d=descriptors: d),
+            mock.patch.object(
+                tuning, "use_branch_descriptor", lambda _, d=descriptors: d and capability < 100
+            ),
             operands_as_they_are(),
         ):
             backend("triton").kept_rows = _first_tile_kept

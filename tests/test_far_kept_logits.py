@@ -25,6 +25,7 @@ from backward_passes import operands_as_they_are
 from cce_tp import backward, far_field, ops
 from cce_tp.backend import backend
 from cce_tp.far_field import FarField, LateRows, RankBudget
+from cce_tp.kernels import tuning
 from cce_tp.problem import LocalLogits
 from cce_tp.workspace import (
     ALIGNMENT,
@@ -232,6 +233,17 @@ def test_without_a_gradient_of_the_bias(impl: str, dtype: torch.dtype, way: str)
     plain = solve(operands, impl)
     assert relative_error(outcome.grad_input, plain.grad_input) < CLOSE
     assert relative_error(outcome.grad_weight, plain.grad_weight) < CLOSE
+
+
+def test_stored_through_pointers_or_descriptors() -> None:
+    operands = trained("triton", torch.float16, **WAYS["run"])
+    outcomes = []
+    for descriptor in (False, True):
+        with mock.patch.object(tuning, "use_branch_descriptor", return_value=descriptor) as way:
+            outcomes.append(kept(operands, "triton")[0])
+        assert way.called
+    for name in ("loss", "grad_input", "grad_weight"):
+        assert same_bits(*(getattr(outcome, name) for outcome in outcomes))
 
 
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)

@@ -18,6 +18,7 @@ import cce_tp
 from backward_passes import kept_columns, operands_as_they_are
 from cce_tp import backward
 from cce_tp.backend import backend
+from cce_tp.kernels import tuning
 from cce_tp.problem import KeptLogits
 from cce_tp.workspace import TailWalk, TokenWalk
 from oracle import dense
@@ -61,6 +62,20 @@ def test_gradients_from_kept_logits(
     plain = call(operands, {**options, "impl": impl})
     assert same_bits(outcome.loss, plain.loss) or tiles is not None  # merged in other pieces
     assert relative_error(outcome.grad_weight, plain.grad_weight) < 5e-3
+
+
+def test_stored_through_pointers_or_descriptors() -> None:
+    """Hopper's way and that of all others; the last tile and the last tokens are cut short."""
+    problem = Problem(impl="triton", dtype=torch.float16, tokens=(75,), vocab=703, hidden=200)
+    operands = problem.build(DEVICE)
+    options: dict[str, Any] = {"impl": "triton", "keep_logits_bytes": PLENTY}
+    outcomes = []
+    for descriptor in (False, True):
+        with mock.patch.object(tuning, "use_branch_descriptor", return_value=descriptor) as way:
+            outcomes.append(call(operands, options))
+        assert way.called
+    for name in ("loss", "grad_input", "grad_weight"):
+        assert same_bits(*(getattr(outcome, name) for outcome in outcomes))
 
 
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)

@@ -22,6 +22,7 @@ from cce_tp.kernels import tuning
 from cce_tp.kernels.launch import LogitsForm, Prepared, prepared
 from cce_tp.kernels.tile import (
     LOG2E,
+    exp_below,
     grouped_block,
     logits_tile,
     store_tile,
@@ -61,6 +62,7 @@ def tile_statistics_kernel(
     SORTED: tl.constexpr,
     MASSES: tl.constexpr,
     KEEP: tl.constexpr,
+    KEEP_DESCRIPTOR: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -106,28 +108,26 @@ def tile_statistics_kernel(
             found = tl.where(in_tile[None, :] == target[:, None], x, 0.0)
             tl.store(merged_ptr + 2 * N + rows, tl.sum(found, axis=1), mask=here)
         max_x = tl.max(x, axis=1)
-        shifted = x - tl.where(max_x == float("-inf"), 0.0, max_x)[:, None]
+        base = tl.where(max_x == float("-inf"), 0.0, max_x)
         if KEEP:
             if block_v * BLOCK_V < keep_V:
-                # Through pointers: with a descriptor it is no faster, and Triton 3.7 cannot build
-                # that for Blackwell.
                 store_tile(
                     keep, block_v * BLOCK_V, block_n * BLOCK_N, keep_V, N, stride_keep,
-                    tl.trans(shifted.to(tl.float16)), BLOCK_V, BLOCK_N, False,
+                    tl.trans((x - base[:, None]).to(tl.float16)), BLOCK_V, BLOCK_N, KEEP_DESCRIPTOR,
                 )  # fmt: skip
-        exp_x = tl.exp2(shifted * LOG2E)
+        exp_x, mend = exp_below(x, base)
 
         out = tiles_ptr + block_v.to(tl.int64) * ROWS * N + rows
         valid = rows < N
         tl.store(out, max_x, mask=valid)
-        tl.store(out + N, tl.sum(exp_x, axis=1), mask=valid)
+        tl.store(out + N, tl.sum(exp_x, axis=1) * mend, mask=valid)
         out += 2 * N
         if LOGIT_SUM:
             tl.store(out, sum_x, mask=valid)
             out += N
         if ENTROPY:
-            weighted = exp_x * tl.where(exp_x > 0, shifted, 0.0)
-            tl.store(out, tl.sum(weighted, axis=1), mask=valid)
+            weighted = exp_x * tl.where(exp_x > 0, x - base[:, None], 0.0)
+            tl.store(out, tl.sum(weighted, axis=1) * mend, mask=valid)
             out += N
         if ARGMAX:
             if SORTED:
@@ -140,11 +140,11 @@ def tile_statistics_kernel(
             tl.store(out, best.to(tl.float32, bitcast=True), mask=valid)
             out += N
         if MASSES:
-            tl.store(out, tl.sum(exp_x * exp_x, axis=1), mask=valid)
+            tl.store(out, tl.sum(exp_x * exp_x, axis=1) * (mend * mend), mask=valid)
             if HAS_SOFTCAP:
                 capped = x * (1.0 / logit_softcap)
                 slope = tl.where(in_range, 1.0 - capped * capped, 0.0)
-                tl.store(out + N, tl.sum(exp_x * slope, axis=1), mask=valid)
+                tl.store(out + N, tl.sum(exp_x * slope, axis=1) * mend, mask=valid)
                 tl.store(out + 2 * N, tl.sum(slope, axis=1), mask=valid)
 
 
@@ -316,7 +316,7 @@ def tile_statistics(
         LogitsForm.of(logits),
         rows,
         tiles.shape[1],
-        None if keep is None else (len(keep), keep.stride(0)),
+        None if keep is None else (len(keep), keep.stride(0), tuning.use_branch_descriptor(keep)),
         ids is not None,
         masses,
     )
@@ -328,22 +328,24 @@ def _tile_statistics(
     form: LogitsForm,
     rows: StatRows,
     tile_rows: int,
-    keep: tuple[int, int] | None,
+    keep: tuple[int, int, bool] | None,
     is_sorted: bool,
     masses: bool,
 ) -> Prepared:
-    keep_columns, keep_stride = keep or (0, 0)
+    keep_columns, keep_stride, keep_descriptor = keep or (0, 0, False)
+    tile = (form.config.block_v, form.config.block_n)
     return Prepared(
         tile_statistics_kernel,
         min(form.programs, form.tiles),
         stride_keep=keep_stride,
         keep_V=keep_columns,
         KEEP=keep is not None,
+        KEEP_DESCRIPTOR=keep_descriptor,
         SORTED=is_sorted,
         MASSES=masses,
         **_flags(rows, tile_rows),
         **form.tile_arguments(),
-        blocks=form.blocks,
+        blocks={**form.blocks, **({"keep": tile} if keep_descriptor else {})},
     )
 
 

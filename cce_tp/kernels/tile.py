@@ -27,6 +27,21 @@ def reciprocal(x):
 
 
 @triton.jit
+def exp_below(x, base):
+    """exp(x - base) for x (n, v) and base (n,) to a factor of each row, and that factor (n,): what
+    sums over the row are to be multiplied by.
+
+    So that subtraction and scale are one instruction for each element. The product subtracted is
+    rounded, which 10,000 would show; but it is the same for a row, and its error is known."""
+    if _INTERPRETED:  # whose fma rounds the other product, too
+        return tl.exp2((x - base[:, None]) * LOG2E), tl.full(base.shape, 1.0, tl.float32)
+    else:
+        scaled = base * LOG2E
+        exp_x = tl.exp2(tl.fma(x, LOG2E, -scaled[:, None]))
+        return exp_x, tl.exp2(-tl.fma(base, LOG2E, -scaled))
+
+
+@triton.jit
 def load_tile(
     matrix,
     row,

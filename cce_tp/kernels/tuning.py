@@ -156,6 +156,15 @@ def use_descriptors(*matrices: Tensor) -> bool:
     return True
 
 
+def use_branch_descriptor(matrix: Tensor) -> bool:
+    """`use_descriptors` of a matrix to which only some of a kernel's tiles are stored.
+
+    Not on Blackwell, whose tensor memory Triton (3.6 to 3.9) cannot give to such a branch."""
+    if not is_interpreted() and _device_properties(matrix.device.index or 0)[0] >= 100:
+        return False
+    return use_descriptors(matrix)
+
+
 def input_precision(dtype: torch.dtype) -> str:
     """tl.dot's precision: fp32 follows the setting that torch's own products on CUDA follow.
 
