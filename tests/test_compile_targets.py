@@ -74,13 +74,15 @@ PROPERTIES = re.compile(
 )
 
 
-def _complaints(log: str) -> tuple[set[str], list[str]]:
-    """(kernels that the assembler's log tells of, what it should not have said)."""
+def _complaints(log: str, bytes_spilled: int = 16) -> tuple[set[str], list[str]]:
+    """(kernels that the assembler's log tells of, what it should not have said).
+
+    Up to so many bytes may be spilled: the default is a number or two that a loop hardly needs."""
     told = PROPERTIES.findall(log)
     found = [
         f"{kernel} spills {stores} + {loads} bytes"
         for kernel, stores, loads in told
-        if stores != "0" or loads != "0"
+        if max(int(stores), int(loads)) > bytes_spilled
     ]
     found += [line for line in log.splitlines() if any(word in line for word in SERIALISED)]
     return {kernel for kernel, _, _ in told}, found
@@ -90,6 +92,14 @@ def test_plain_kernels_on_hopper_neither_spill_nor_serialise() -> None:
     """Forward pass and G^T without options in bf16: what the speed of the exact path stands on."""
     log = _output("90", "bf16", "plain", TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
     kernels, complaints = _complaints(log)
+    assert {"tile_statistics_kernel", "grad_logits_kernel"} <= kernels
+    assert not complaints
+
+
+def test_a_soft_cap_on_hopper_spills_little() -> None:
+    """Some 40 registers cost 1% to 2% of G^T; from a hundred or so on it takes twice as long."""
+    log = _output("90", "bf16", "cap", TRITON_DUMP_PTXAS_LOG="1", TRITON_ALWAYS_COMPILE="1")
+    kernels, complaints = _complaints(log, 200)
     assert {"tile_statistics_kernel", "grad_logits_kernel"} <= kernels
     assert not complaints
 
@@ -105,6 +115,7 @@ ptxas info    : Function properties for b_kernel
     assert kernels == {"a_kernel", "b_kernel"}
     assert complaints[0] == "b_kernel spills 80 + 84 bytes" and "C7515" in complaints[1]
     assert len(complaints) == 2
+    assert _complaints(log, 84)[1] == complaints[1:]
 
 
 def _kernels_in_the_source() -> set[str]:

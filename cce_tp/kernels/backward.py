@@ -60,6 +60,7 @@ def gradient_of(
     x,
     target,
     grad,
+    factor,
     max_x,
     log_sum,
     logit_softcap,
@@ -72,13 +73,18 @@ def gradient_of(
     HAS_SOFTCAP: tl.constexpr,
 ):
     """From a tile of logits x (tokens, BLOCK_V) and its `token_terms`: the gradient of each token's
-    own loss with respect to y, the logit before the cap; 0 for masked tokens."""
+    own loss with respect to y, the logit before the cap, times factor (tokens,); 0 for masked
+    tokens."""
     in_tile = tl.arange(0, BLOCK_V)
-    g = tl.exp2((x - max_x[:, None]) * LOG2E - (log_sum * LOG2E)[:, None])
+    p = tl.exp2((x - max_x[:, None]) * LOG2E - (log_sum * LOG2E)[:, None])
+    # What is the same for all columns goes into one factor of p and one term.
+    of_p = factor
     if HAS_Z_LOSS:
-        g *= (1.0 + 2.0 * z_loss * (max_x + log_sum))[:, None]
+        of_p *= 1.0 + 2.0 * z_loss * (max_x + log_sum)
+    g = p * of_p[:, None]
     if HAS_SMOOTHING:
-        g -= uniform_weight
+        g -= (uniform_weight * factor)[:, None]
+    at_target = (onehot_weight * factor)[:, None]
     here = (target >= 0) & (target < BLOCK_V)
     # A masked token has gradient exactly 0 even where its logits are not finite.
     masked = grad == 0.0
@@ -86,14 +92,14 @@ def gradient_of(
     # element. It is one branch, since a second one that short becomes a selection of every element.
     if HAS_SOFTCAP:
         if tl.max(here.to(tl.int32), axis=0) > 0:
-            g -= tl.where(in_tile[None, :] == target[:, None], onehot_weight, 0.0)
+            g -= tl.where(in_tile[None, :] == target[:, None], at_target, 0.0)
         capped = x * (1.0 / logit_softcap)
         g *= 1.0 - capped * capped
         if tl.max(masked.to(tl.int32), axis=0) > 0:
             g = tl.where(masked[:, None], 0.0, g)
     else:
         if tl.max((here | masked).to(tl.int32), axis=0) > 0:
-            g -= tl.where(in_tile[None, :] == target[:, None], onehot_weight, 0.0)
+            g -= tl.where(in_tile[None, :] == target[:, None], at_target, 0.0)
             g = tl.where(masked[:, None], 0.0, g)
     return g
 
@@ -156,14 +162,12 @@ def grad_kept_kernel(
         target, grad, max_x, log_sum = token_terms(
             target_ptr, grad_ptr, max_ptr, log_sum_ptr, rows, col, N, V, first_id
         )
+        factor = grad * logit_scale if HAS_SCALE else grad
         g = gradient_of(
-            x, target, grad, max_x, log_sum,
+            x, target, grad, factor, max_x, log_sum,
             logit_softcap, z_loss, onehot_weight, uniform_weight,
             BLOCK_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP,
         )  # fmt: skip
-        if HAS_SCALE:
-            grad *= logit_scale
-        g *= grad[:, None]
         out = out_ptr + cols[:, None].to(tl.int64) * stride_out + rows[None, :]
         tl.store(out, tl.trans(g.to(out_ptr.dtype.element_ty)), mask=mask)
 
@@ -194,6 +198,8 @@ def grad_logits_kernel(
     eps,
     NUM_PROGRAMS: tl.constexpr,
     FILTER: tl.constexpr,
+    LOAD_LATE: tl.constexpr,
+    SCALE_LATE: tl.constexpr,
     HAS_SMOOTHING: tl.constexpr,
     HAS_Z_LOSS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -208,25 +214,35 @@ def grad_logits_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_N: tl.constexpr,
 ):
-    """out: G^T, (V, N), inputs' dtype; kept_ptr: (token blocks, tiles) int32, FILTER only."""
+    """out: G^T, (V, N), inputs' dtype; kept_ptr: (token blocks, tiles) int32, FILTER only.
+
+    LOAD_LATE: what is loaded per token is loaded after the products, not before them; SCALE_LATE: g
+    takes the upstream gradient at the end, not as a factor of p."""
     blocks_n = tl.cdiv(N, BLOCK_N)
     blocks_v = tl.cdiv(V, BLOCK_V)
     for tile in tl.range(tl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS, flatten=True):
         block_n, block_v = grouped_block(tile, blocks_n, blocks_v, GROUP_N)
         rows = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        # Before the products, so that nothing waits for these loads after them.
-        target, grad, max_x, log_sum = token_terms(
-            target_ptr, grad_ptr, max_ptr, log_sum_ptr, rows, block_v * BLOCK_V, N, V, first_id
-        )
+        if not LOAD_LATE:
+            target, grad, max_x, log_sum = token_terms(
+                target_ptr, grad_ptr, max_ptr, log_sum_ptr, rows, block_v * BLOCK_V, N, V, first_id
+            )
         x = logits_tile(
             input, weight, bias_ptr, block_n * BLOCK_N, block_v * BLOCK_V, N, V, D,
             stride_input, stride_weight, logit_scale, logit_softcap,
             BLOCK_N, BLOCK_V, BLOCK_D, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, PRECISE_CAP, DESCRIPTOR,
             PRECISION,
         )  # fmt: skip
+        if LOAD_LATE:
+            target, grad, max_x, log_sum = token_terms(
+                target_ptr, grad_ptr, max_ptr, log_sum_ptr, rows, block_v * BLOCK_V, N, V, first_id
+            )
         in_tile = tl.arange(0, BLOCK_V)
+        upstream = grad * logit_scale if HAS_SCALE else grad
+        factor = tl.full((BLOCK_N,), 1.0, tl.float32) if SCALE_LATE else upstream
         g = gradient_of(
-            x, target, grad, max_x, log_sum, logit_softcap, z_loss, onehot_weight, uniform_weight,
+            x, target, grad, factor, max_x, log_sum,
+            logit_softcap, z_loss, onehot_weight, uniform_weight,
             BLOCK_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP,
         )  # fmt: skip
         if FILTER:
@@ -236,9 +252,8 @@ def grad_logits_kernel(
             kept = tl.min(small) == 0
             tl.store(kept_ptr + block_n * blocks_v + block_v, kept.to(tl.int32))
             g = tl.where(kept, g, 0.0)
-        if HAS_SCALE:
-            grad *= logit_scale
-        g *= grad[:, None]
+        if SCALE_LATE:
+            g *= upstream[:, None]
         if OUT_DESCRIPTOR:
             g = g.to(out.dtype)
         else:
@@ -366,12 +381,20 @@ def _grad_logits(
     eps: float | None,
 ) -> Prepared:
     out = {"out": (form.config.block_v, form.config.block_n)} if out_descriptor else {}
+    # Equal in value, not in registers. Early is faster, but with a cap g and x are both needed for
+    # long, and G takes twice as long where too many of them are spilled to memory.
+    z_loss, _, uniform_weight = coefficients
+    capped = form.logit_softcap is not None
+    more = z_loss != 0.0 or uniform_weight != 0.0
+    filters = eps is not None  # by each token's own gradient
     return Prepared(
         grad_logits_kernel,
         min(form.programs, form.tiles),
         stride_out=stride_out,
         eps=0.0 if eps is None else float(eps),
-        FILTER=eps is not None,
+        FILTER=filters,
+        LOAD_LATE=capped and more,
+        SCALE_LATE=filters or (capped and not more),
         OUT_DESCRIPTOR=out_descriptor,
         **_coefficient_arguments(coefficients),
         **form.tile_arguments(),
