@@ -187,8 +187,8 @@ class _BackwardPass:
         self.eps = eps
         self.upstream, self.unscale = _into_range(logits, upstream)
         self.sum_dtype = statistics_dtype(logits.input.dtype)
-        # Of what the forward pass left for the far field: there until the call ends, used or not.
-        self.left_bytes = 0
+        # Of what the forward pass left: there until the call ends, used or not.
+        self.left_bytes = 0 if kept is None or not kept.in_grad else kept.tile_max.nbytes
         self.far: FarBackward | None = None
         if state is not None:
             self.far = FarBackward(
@@ -202,7 +202,7 @@ class _BackwardPass:
                 accumulate=sinks.accumulate_weight,
                 bias=sinks.bias is not None,
             )
-            self.left_bytes = state.nbytes + (0 if kept is None else kept.tile_max.nbytes)
+            self.left_bytes += state.nbytes
         if eps is not None:
             self.columns = _Columns.ordered(logits)
         else:

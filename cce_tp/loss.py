@@ -130,20 +130,20 @@ def linear_cross_entropy(
             is then allocated in the forward pass and not in the backward pass: all of them while N
             (up to a multiple of 16) <= D, a share of D / N beyond (with an fp32 gradient twice
             that). With GradFilter.far_field() those of the first 13.5% of the rows in its order,
-            or as many whole tiles of them as fit beside `input` in fp32. Needs no memory beside it
-            but about 1% of what is kept. For fp16 and bf16 operands, with the exact filter or the
-            far field; not together with keep_logits_bytes or grad_weight_out. None, the default:
-            wherever that can be.
+            or as many whole tiles of them as fit beside `input` in fp32. Their tiles' maxima, about
+            1% of what is kept, are part of workspace_bytes. For fp16 and bf16 operands, with the
+            exact filter or the far field; not together with keep_logits_bytes or grad_weight_out.
+            None, the default: wherever that can be.
             Nothing is kept on the CPU, under torch.compile, unless `input` and the weight both need
-            a gradient, or with the exact filter where N > D and workspace_bytes does not hold half
-            of `input` in fp32 and 512 columns of logits in 16 bits (by default where V is below
-            some 20 D), or with the far field where not one tile fits or workspace_bytes does not
-            hold the kept rows of the weight's gradient among its last ones (by default where there
-            are fewer tokens than D or so), nor where D is odd. A second backward pass through the
-            same graph recomputes; non-reentrant activation checkpointing around the loss has the
-            gradient's memory twice while it recomputes. Each loss that waits for its backward pass
-            holds such a gradient: where several do, as heads of multi-token prediction, False
-            takes less memory.
+            a gradient, with the exact filter where the maxima would take half of workspace_bytes,
+            or where N > D and it does not hold beside them half of `input` in fp32 and 512 columns
+            of logits in 16 bits (by default where V is below some 20 D), or with the far field
+            where not one tile fits or workspace_bytes does not hold the kept rows of the weight's
+            gradient among its last ones (by default where there are fewer tokens than D or so), nor
+            where D is odd. A second backward pass through the same graph recomputes; non-reentrant
+            activation checkpointing around the loss has the gradient's memory twice while it
+            recomputes. Each loss that waits for its backward pass holds such a gradient: where
+            several do, as heads of multi-token prediction, False takes less memory.
 
     Returns:
         The loss, fp32 (fp64 for fp64): () for "mean" and "sum", target's shape for "none"; with

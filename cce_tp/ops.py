@@ -195,7 +195,8 @@ def _loss(*arguments: Any) -> _LossOutputs:
                 lent, kept = _kept_inside(whole, lent_dtype, tile, budget)
             elif keep_logits_bytes > 0:
                 kept = KeptLogits.empty(whole, tile, keep_logits_bytes)
-            packed = _statistics(chosen, whole, arriving, rows, budget, kept)
+            taken = 0 if lent is None or kept is None else kept.tile_max.nbytes
+            packed = _statistics(chosen, whole, arriving, rows, budget - taken, kept)
         else:
             if arriving is not None:
                 arriving.wait()

@@ -102,8 +102,9 @@ def columns_in_grad(
     workspace_bytes: int,
 ) -> int:
     """How many columns' 16-bit logits the memory of dC is to hold: all, or as many whole tiles as
-    fit; none where the workspace would not hold the sum of dE that some of them ask for, taken to
-    be in fp32 beside a dE in 16 bits.
+    fit; none where their tiles' maxima would take more than half of the workspace, or where it
+    would not hold beside them the sum of dE that some of them ask for, taken to be in fp32 with a
+    dE in 16 bits.
 
     Args:
         num_tokens: N.
@@ -113,12 +114,14 @@ def columns_in_grad(
     """
     vocab, hidden = grad_shape
     row, column = hidden * grad_dtype.itemsize, 2 * gradient_pitch(num_tokens)
-    if column <= row:
-        return vocab
-    sums = 2 * num_tokens * hidden  # fp32 for half of the tokens, the others borrow
-    if for_buffers(workspace_bytes, num_tokens) < sums + 2 * _STRIP_STEP * column:
-        return 0
-    return vocab * row // (column * tile) * tile
+    columns, beside = vocab, 0
+    if column > row:
+        columns = vocab * row // (column * tile) * tile
+        # fp32 for half of the tokens, the others borrow; and two strips.
+        beside = 2 * num_tokens * hidden + 2 * _STRIP_STEP * column
+    maxima = -(-columns // tile) * num_tokens * 4
+    fits = for_buffers(workspace_bytes, num_tokens) >= maxima + max(maxima, beside)
+    return columns if fits else 0
 
 
 def blocks(size: int, step: int) -> list[tuple[int, int]]:

@@ -9,6 +9,7 @@ import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import cce_tp
+from backward_passes import operands_as_they_are
+from cce_tp import ops
+from cce_tp.backward import _BackwardPass
+from cce_tp.problem import KeptLogits
+from cce_tp.workspace import BackwardSizes
 from ranks import Rank, RankPool
 from variants import IMPLS
 
@@ -114,6 +120,39 @@ def test_temporaries_fit_the_cap(dtype: torch.dtype, mib: int | None) -> None:
     assert forward.peak <= limit, f"forward: {forward.peak / MIB:.2f} MiB"
     assert backward.peak - grads <= limit, f"backward: {(backward.peak - grads) / MIB:.2f} MiB"
     assert max(forward.largest, backward.largest) < tokens * vocab
+
+
+@pytest.mark.no_poison
+@pytest.mark.parametrize("mib", [1, None], ids=lambda mib: f"{mib}MiB")
+@pytest.mark.parametrize("hidden", [256, 512], ids=["half", "all"])
+def test_maxima_of_logits_in_dC_count(hidden: int, mib: int | None) -> None:
+    """As on a GPU; there products copy nothing, so of the backward pass the plan is looked at."""
+    tokens, vocab = 512, 4096
+    cap = None if mib is None else mib * MIB
+    limit = 16 * MIB if mib is None else mib * MIB
+    fixed, sizes_of = [], _BackwardPass._sizes
+
+    def spy(self: Any, **options: Any) -> BackwardSizes:
+        sizes = sizes_of(self, **options)
+        fixed.append(sizes.fixed)
+        return sizes
+
+    with (
+        operands_as_they_are(),
+        mock.patch.object(KeptLogits, "inside", side_effect=KeptLogits.inside) as inside,
+        mock.patch.object(_BackwardPass, "_sizes", spy),
+    ):
+        sizes = (tokens, vocab, hidden, torch.bfloat16)
+        with mock.patch.object(ops, "_statistics", side_effect=ops._statistics) as statistics:
+            forward, _, _ = measure_both(*sizes, impl="torch", workspace_bytes=cap)
+        kept, fixed[:] = list(fixed), []
+        measure_both(*sizes, impl="torch", workspace_bytes=cap, keep_logits_in_grad=False)
+    assert inside.call_count == 2  # in the forward pass, and in the backward pass
+    maxima = inside.call_args[0][1].nbytes
+    assert kept[0] - fixed[0] == maxima
+    assert statistics.call_args[0][4] == limit - maxima
+    peak = forward.peak - vocab * hidden * 2
+    assert peak <= limit, f"{peak / MIB:.2f} MiB"
 
 
 @pytest.mark.no_poison
