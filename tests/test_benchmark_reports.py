@@ -15,7 +15,7 @@ from launch.benchmark import __main__ as command
 from launch.benchmark import figures, records, roofline, suites, tables
 from launch.benchmark.catalogue import IMPLEMENTATIONS, MODELS, Case, Shape
 
-pytestmark = pytest.mark.no_poison
+pytestmark = [pytest.mark.no_poison, pytest.mark.once]
 
 _FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 

@@ -47,6 +47,8 @@ from test_far_field import kept_sizes
 from tolerance import relative_error
 from variants import DEVICE, HAS_CUDA, LOW_IMPL_DTYPES
 
+pytestmark = pytest.mark.once
+
 EVERYTHING: dict[str, Any] = {
     "reduction": "none",
     "label_smoothing": 0.1,
@@ -322,7 +324,6 @@ def test_rows_gathered_behind_the_mean_rows_fit(forgets: bool) -> None:
     assert rooms[0] // 2 < gathered[0] <= rooms[0]
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("impl", "dtype"), HOST)
 @pytest.mark.parametrize("way", WAYS)
 def test_little_room(impl: str, dtype: torch.dtype, way: str) -> None:

@@ -28,6 +28,8 @@ from sharding_cases import check_sharded
 from tolerance import check_outcome, relative_error
 from variants import DEVICE, LOW_IMPL_DTYPES
 
+pytestmark = pytest.mark.once
+
 EVERYTHING: dict[str, Any] = {
     "reduction": "none",
     "label_smoothing": 0.1,
@@ -95,7 +97,6 @@ def test_strips_across_the_edge_and_token_chunks(impl: str, dtype: torch.dtype) 
         assert relative_error(outcome.grad_input, expected.grad_input) < 5e-3
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 @pytest.mark.parametrize("columns", [64, 384], ids=["before-the-tail", "into-the-tail"])
 @pytest.mark.parametrize("borrow", [False, True])
@@ -156,7 +157,6 @@ def in_grad(operands: Any, options: dict[str, Any]) -> tuple[Any, int]:
     return outcome, count
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 @pytest.mark.parametrize("shape", INSIDE)
 @pytest.mark.parametrize("name", ["plain", "everything"])
@@ -205,7 +205,6 @@ def test_but_not_where_it_cannot(why: str) -> None:
     assert not inside.called
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 @pytest.mark.parametrize("shape", INSIDE)
 @pytest.mark.usefixtures("as_on_a_gpu")
@@ -317,7 +316,6 @@ def test_the_cpu_keeps_nothing() -> None:
     assert columns == 0 and same_bits(outcome.grad_weight, call(operands, {}).grad_weight)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 @pytest.mark.parametrize("shape", INSIDE)
 @pytest.mark.usefixtures("as_on_a_gpu")

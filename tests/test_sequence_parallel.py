@@ -212,6 +212,7 @@ def beside_whole_input(
     return [relative_error(one, other) for one, other in pairs], filtered
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "grad_filter",
     [cce_tp.GradFilter.paper(0.05), cce_tp.GradFilter.far_field(0.3)],
