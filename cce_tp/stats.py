@@ -118,7 +118,8 @@ def merge(parts_KRN: Tensor, rows: StatRows) -> Tensor:
         merged.append(parts_KRN[:, rows.logit_sum_row].sum(dim=0))
     if rows.entropy:
         moved_KN = weight_KN * (parts_KRN[:, rows.entropy_row] + shift_KN * sum_KN)
-        merged.append(torch.where(max_KN == -torch.inf, 0.0, moved_KN).sum(dim=0))
+        # What weighs nothing may be far enough away for 0 * -inf.
+        merged.append(torch.where(weight_KN == 0, 0.0, moved_KN).sum(dim=0))
     if rows.argmax:
         ids_KN = unpack_ids(parts_KRN[:, rows.argmax_row])
         no_id = torch.iinfo(torch.int32).max

@@ -11,7 +11,7 @@ import torch
 import cce_tp
 from oracle import Operands, dense
 from problems import Problem, call, check, check_ignored
-from tolerance import check_outcome
+from tolerance import check_outcome, relative_error
 from variants import DEVICE, IMPL_DTYPES, IMPLS, MAIN_IMPL_DTYPES
 
 EVERYTHING: dict[str, Any] = {
@@ -63,6 +63,27 @@ def test_logits_of_ten_thousand(impl: str, dtype: torch.dtype, signs: int, reduc
     check_outcome(outcome, expected, dtype, native=native)
     assert outcome.max_logit is not None and expected.max_logit is not None
     assert torch.equal(outcome.max_logit.double(), expected.max_logit)
+
+
+@pytest.mark.parametrize(("impl", "dtype"), MAIN_IMPL_DTYPES)
+@pytest.mark.parametrize("bias", [-1e4, -1e8, -5e8, -1e9, -3e9, -1e10, -1e30, -3.4e38, 2e9])
+def test_tiles_whose_bias_is_huge(impl: str, dtype: torch.dtype, bias: float) -> None:
+    """As entries are masked: whole tiles of them, whose maximum is as large, weigh nothing."""
+    problem = Problem(impl=impl, dtype=dtype, vocab=703, bias=True)
+    operands = problem.build(DEVICE)
+    assert operands.bias is not None
+    bias = max(min(bias, torch.finfo(dtype).max), torch.finfo(dtype).min)
+    operands.bias[: 300 if bias < 0 else 1] = bias  # above all others: one alone
+    masked = (operands.target >= 0) & (operands.target < 300)
+    operands = replace(operands, target=torch.where(masked, 300, operands.target))
+    options = {"return_stats": "entropy"}
+    outcome = call(operands, {**options, "impl": impl})
+    expected = dense(operands, options)
+    for name in ("loss", "entropy", "grad_input", "grad_weight", "grad_bias"):
+        found, wanted = getattr(outcome, name), getattr(expected, name)
+        assert bool(found.isfinite().all()), name
+        if bias < 0:
+            assert relative_error(found, wanted) < (1e-5 if dtype == torch.float32 else 1e-2), name
 
 
 @pytest.mark.parametrize(("impl", "dtype"), MAIN_IMPL_DTYPES)

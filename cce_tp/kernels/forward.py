@@ -111,9 +111,13 @@ def tile_statistics_kernel(
         base = tl.where(max_x == float("-inf"), 0.0, max_x)
         if KEEP:
             if block_v * BLOCK_V < keep_V:
+                below = x - base[:, None]
+                if HAS_SOFTCAP:
+                    # An infinity would be one in the cap's derivative; NaN stays.
+                    below = tl.where(below < -65504.0, -65504.0, below)
                 store_tile(
                     keep, block_v * BLOCK_V, block_n * BLOCK_N, keep_V, N, stride_keep,
-                    tl.trans((x - base[:, None]).to(tl.float16)), BLOCK_V, BLOCK_N, KEEP_DESCRIPTOR,
+                    tl.trans(below.to(tl.float16)), BLOCK_V, BLOCK_N, KEEP_DESCRIPTOR,
                 )  # fmt: skip
         exp_x, mend = exp_below(x, base)
 
@@ -193,9 +197,9 @@ def merge_tiles_kernel(
             part += N
         if ENTROPY:
             moved = scale * (tl.load(part, mask=mask, other=0.0) + shift * part_sum)
-            moved = tl.where(part_max == float("-inf"), 0.0, moved)
+            moved = tl.where(scale == 0.0, 0.0, moved)  # 0 * -inf
             kept = running_scale * (weighted + running_shift * running_sum)
-            kept = tl.where(running_max == float("-inf"), 0.0, kept)
+            kept = tl.where(running_scale == 0.0, 0.0, kept)
             weighted = kept + tl.sum(moved, axis=0)
             part += N
         if ARGMAX:

@@ -27,18 +27,28 @@ def reciprocal(x):
 
 
 @triton.jit
+def multiply_add(a, b, c):
+    """a * b + c for fp32, rounded once."""
+    if _INTERPRETED:  # whose own rounds the product, too
+        exact = a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)
+        return exact.to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
 def exp_below(x, base):
     """exp(x - base) for x (n, v) and base (n,) to a factor of each row, and that factor (n,): what
     sums over the row are to be multiplied by.
 
     So that subtraction and scale are one instruction for each element. The product subtracted is
-    rounded, which 10,000 would show; but it is the same for a row, and its error is known."""
-    if _INTERPRETED:  # whose fma rounds the other product, too
-        return tl.exp2((x - base[:, None]) * LOG2E), tl.full(base.shape, 1.0, tl.float32)
-    else:
-        scaled = base * LOG2E
-        exp_x = tl.exp2(tl.fma(x, LOG2E, -scaled[:, None]))
-        return exp_x, tl.exp2(-tl.fma(base, LOG2E, -scaled))
+    rounded, which a base of 1,000 would show; but it is one of a row, and its error is known."""
+    # From 2^29 on that error would be an exponent that fp32 does not hold. There numbers are 32 or
+    # more apart, and 2^-32 is as good a nothing as e^-32.
+    log2e = tl.where(tl.abs(base) < 536870912.0, LOG2E, 1.0)
+    scaled = base * log2e
+    exp_x = tl.exp2(multiply_add(x, log2e[:, None], -scaled[:, None]))
+    return exp_x, tl.exp2(-multiply_add(base, log2e, -scaled))
 
 
 @triton.jit
