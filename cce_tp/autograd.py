@@ -2,8 +2,8 @@
 
 Forward: local statistics -> merged over the group -> loss per token -> reduced. Backward: upstream
 gradient per token -> local dE, dC, dbias from recomputed logits -> dE summed over the group. What
-is kept in between: the inputs and two numbers per token; logits where they are asked for, and with
-the far field a part of them, in the memory of dC.
+is kept in between: the inputs and two numbers per token; in the memory of dC as many logits as fit,
+with the far field a part of them; and more logits where they are asked for.
 
 Legend: N tokens, V_local vocabulary rows of this rank, D hidden size.
 """

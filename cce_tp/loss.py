@@ -140,9 +140,9 @@ def linear_cross_entropy(
             of logits in 16 bits (by default where V is below some 20 D), or with the far field
             where not one tile fits or workspace_bytes does not hold the kept rows of the weight's
             gradient among its last ones (by default where there are fewer tokens than D or so), nor
-            where D is odd. A second backward pass through the same graph recomputes; non-reentrant
-            activation checkpointing around the loss has the gradient's memory twice while it
-            recomputes. Each loss that waits for its backward pass holds such a gradient: where
+            there where D is odd. A second backward pass through the same graph recomputes; non-
+            reentrant activation checkpointing around the loss has the gradient's memory twice while
+            it recomputes. Each loss that waits for its backward pass holds such a gradient: where
             several do, as heads of multi-token prediction, False takes less memory.
 
     Returns:

@@ -99,8 +99,16 @@ def _keep(
 ) -> None:
     base_N = torch.where(max_N == -torch.inf, 0.0, max_N)
     kept.tile_max[columns[0] // TILE_V, slice(*tokens)] = base_N
-    below = (_logits_tile(logits) - base_N[:, None]).to(torch.float16)
+    below = _below(logits, _logits_tile(logits), base_N)
     kept.below_max[slice(*columns), slice(*tokens)] = below.t()
+
+
+def _below(logits: LocalLogits, x_NV: Tensor, base_N: Tensor) -> Tensor:
+    """What is kept of logits; with a cap no infinity, which would be one in its derivative."""
+    below_NV = x_NV - base_N[:, None]
+    if logits.logit_softcap is not None:
+        below_NV = below_NV.clamp(min=torch.finfo(torch.float16).min)
+    return below_NV.to(torch.float16)
 
 
 def grad_kept(
@@ -316,7 +324,7 @@ def sorted_statistics(
             sums = [tile[0], tile[1], *(each.sum(dim=1) for each in made)]
             tiles[index, :, n0:n1] = torch.stack(sums)
             if kept is not None and start < kept.columns:
-                kept.below_max[start : start + TILE_V, n0:n1] = (x_NV - base_N[:, None]).t()
+                kept.below_max[start : start + TILE_V, n0:n1] = _below(part, x_NV, base_N).t()
                 kept.tile_max[index, n0:n1] = base_N
     return SortedStatistics(merged, tiles, means)
 

@@ -19,6 +19,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from backward_passes import operands_as_they_are
 from oracle import Operands, Outcome, dense
 from problems import Bounds, Problem, call, join_shards
 from ranks import RankPool
@@ -44,11 +45,13 @@ class Hostile:
         problem: before that.
         pokes: (tensor's name, index into the flattened tensor, value); a negative index: all of it.
         same_target: every token has the first token's target.
+        inside: on one rank, keep logits in dC as a GPU does by default, where that can be.
     """
 
     problem: Problem
     pokes: tuple[tuple[str, int, float], ...]
     same_target: bool = False
+    inside: bool = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "problem"), name)
@@ -84,7 +87,7 @@ def hostile_problems(draw: st.DrawFn, impl: str, *, largest: tuple[int, int, int
     index = st.one_of(st.integers(0, 2**20), st.integers(0, 2**20), st.just(-1))
     poke = st.tuples(where, index, st.sampled_from(VALUES))
     pokes = tuple(draw(st.lists(poke, max_size=4)))
-    return Hostile(problem, pokes, draw(st.booleans()))
+    return Hostile(problem, pokes, draw(st.booleans()), draw(st.booleans()))
 
 
 def _oracles(operands: Operands, options: Mapping[str, Any], dtype: torch.dtype) -> list[Outcome]:
@@ -194,5 +197,9 @@ def check_hostile(pool: RankPool, hostile: Hostile, bounds: Bounds) -> list[Outc
 def check_alone(hostile: Hostile) -> None:
     """On one rank."""
     operands = hostile.build(DEVICE)
-    outcome = call(operands, {**hostile.problem.options, "impl": hostile.problem.impl})
+    options = {**hostile.problem.options, "impl": hostile.problem.impl}
+    if hostile.inside:
+        options["keep_logits_in_grad"] = None
+    with operands_as_they_are():
+        outcome = call(operands, options)
     check_outcome(hostile, operands, outcome)

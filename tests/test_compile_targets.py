@@ -77,7 +77,7 @@ PROPERTIES = re.compile(
 def _complaints(log: str, bytes_spilled: int = 16) -> tuple[set[str], list[str]]:
     """(kernels that the assembler's log tells of, what it should not have said).
 
-    Up to so many bytes may be spilled: the default is a number or two that a loop hardly needs."""
+    Up to so many bytes may be spilled: the default is a few numbers that a loop hardly needs."""
     told = PROPERTIES.findall(log)
     found = [
         f"{kernel} spills {stores} + {loads} bytes"

@@ -317,6 +317,19 @@ def test_the_cpu_keeps_nothing() -> None:
 
 
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_a_cap_that_16_bits_do_not_hold(impl: str, dtype: torch.dtype) -> None:
+    """Logits further below their tile's maximum than fp16 can say have a slope of the cap."""
+    options = {"impl": impl, "logit_softcap": 1e5, "logit_scale": 3e3}
+    operands = Problem(impl=impl, dtype=dtype, spread=20.0, **INSIDE["all"]).build(DEVICE)
+    plain, (kept, columns) = call(operands, options), in_grad(operands, options)
+    assert columns > 0
+    for name in ("loss", "grad_input", "grad_weight"):
+        assert bool(getattr(plain, name).isfinite().all())
+        assert bool(getattr(kept, name).isfinite().all()), name
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 @pytest.mark.parametrize("shape", INSIDE)
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_infinities_show_in_the_memory_of_dC(impl: str, dtype: torch.dtype, shape: str) -> None:

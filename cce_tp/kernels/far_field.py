@@ -893,6 +893,7 @@ def sorted_statistics(
     tiles, merged = forward.empty_tiles(num_tiles, num_tokens, rows, logits.input, more=more)
     means = logits.weight.new_empty(num_tiles, hidden)
     available = workspace_bytes - tiles.nbytes - means.nbytes
+    available -= 0 if kept is None else kept.tile_max.nbytes
     row = hidden * logits.weight.element_size()
     if free is not None and len(free) * row > max(available, tile * row):
         available = len(free) * row

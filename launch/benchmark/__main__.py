@@ -127,7 +127,7 @@ def _add_case_arguments(command: argparse.ArgumentParser) -> None:
     add(
         "--keep-logits-in-grad",
         action=argparse.BooleanOptionalAction,
-        help="as many as fit dC's memory; the far field fewer, and by default",
+        help="as many as fit dC's memory, the far field fewer (default: where it can be)",
     )
     add("--forward-only", action="store_true")
     out = command.add_argument_group("what is written")
