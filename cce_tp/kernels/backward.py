@@ -89,7 +89,8 @@ def gradient_of(
     # A masked token has gradient exactly 0 even where its logits are not finite.
     masked = grad == 0.0
     # Most tiles hold no target, and no masked token: a branch costs less than a comparison per
-    # element. It is one branch, since a second one that short becomes a selection of every element.
+    # element. One where that can be, since a second one that short becomes a selection of every
+    # element; with a cap its derivative comes between them.
     if HAS_SOFTCAP:
         if tl.max(here.to(tl.int32), axis=0) > 0:
             g -= tl.where(in_tile[None, :] == target[:, None], at_target, 0.0)
