@@ -124,10 +124,12 @@ def grad_kept(
         columns = torch.arange(start + v0, start + v1, device=out.device)
         if tiles is not None and not tiles[columns // kept.tile].any():
             continue
-        x_VN = kept.below_max[start + v0 : start + v1].to(kept.tile_max.dtype)
-        x_VN = x_VN + kept.tile_max[columns // kept.tile]
-        g_NV = _gradient_of(x_VN.t(), logits.columns(v0, v1), upstream)
-        out[v0:v1] = g_NV.mul_(logits.logit_scale * upstream.grad[:, None]).t()
+        for n0, n1 in blocks(out.shape[1], TILE_N):
+            block, upstream_block = kept.tokens(n0, n1), upstream.tokens(n0, n1)
+            x_VN = block.below_max[start + v0 : start + v1].to(block.tile_max.dtype)
+            x_VN = x_VN + block.tile_max[columns // kept.tile]
+            g_NV = _gradient_of(x_VN.t(), logits.tokens(n0, n1).columns(v0, v1), upstream_block)
+            out[v0:v1, n0:n1] = g_NV.mul_(logits.logit_scale * upstream_block.grad[:, None]).t()
 
 
 def token_loss(packed_RN: Tensor, target_N: Tensor, rows: StatRows, terms: LossTerms) -> TokenLoss:

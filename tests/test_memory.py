@@ -156,6 +156,24 @@ def test_maxima_of_logits_in_dC_count(hidden: int, mib: int | None) -> None:
 
 
 @pytest.mark.no_poison
+def test_gradients_of_kept_logits_fit_the_cap() -> None:
+    """Of many tokens: one tile's columns of all of them are 4 MiB, and a gradient takes some such."""
+    tokens, vocab, hidden = 4096, 1024, 16
+    forward, backward, grads = measure_both(
+        tokens,
+        vocab,
+        hidden,
+        torch.bfloat16,
+        impl="torch",
+        workspace_bytes=2 * MIB,
+        keep_logits_bytes=tokens * vocab * 2,
+    )
+    kept = tokens * vocab * 2
+    assert kept < forward.peak <= kept + 2 * MIB, f"forward: {forward.peak / MIB:.2f} MiB"
+    assert backward.peak - grads <= 2 * MIB, f"backward: {(backward.peak - grads) / MIB:.2f} MiB"
+
+
+@pytest.mark.no_poison
 @pytest.mark.parametrize(
     "options",
     [
