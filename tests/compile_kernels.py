@@ -32,6 +32,8 @@ from cce_tp.far_field import KeptRows
 from cce_tp.kernels import far_field as far_kernels
 from cce_tp.kernels import tuning
 
+# Dtype and features, if nothing else is to be compiled; and "warpgroups" for `kernels.hopper`.
+ONLY: tuple[str, ...] = ()
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EVERYTHING: dict[str, Any] = {
     "label_smoothing": 0.1,
@@ -56,8 +58,15 @@ CASES = (
     ("fp32", 256, "everything", 80),
     ("fp32", 256, "far-field", 80),
 )
+# Where the same code is built for tiles of the same or another size: every kernel once or so.
+FEWER = {
+    86: (("bf16", "everything"), ("bf16", "far-field"), ("fp16", "kept"), ("fp32", "everything")),
+}
+FEWER[89] = FEWER[120] = FEWER[86]
 # Compiled where they are asked for: "everything" has their code in it.
 MORE_CASES = (("bf16", 256, "cap", 80),)
+# Of what may also be made by the kernels of `cce_tp.kernels.hopper`: their dtypes and features.
+WARPGROUPS = (("bf16", "plain"), ("bf16", "far-kept"))
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -73,13 +82,22 @@ def _type(value: Any) -> str:
     """A kernel argument's type as Triton spells it in a signature."""
     if isinstance(value, Tensor):
         return "*" + _TYPES[value.dtype]
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
+    if type(value).__name__ == "TensorDescriptor":  # Triton's, or Gluon's with a layout
+        layout = "" if isinstance(value, TensorDescriptor) else f",{value.layout!r}"
+        return f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}{layout}>"
     if isinstance(value, float):
         return "fp32"
     if isinstance(value, int) and not isinstance(value, bool):
         return "i32" if -(2**31) <= value < 2**31 else "i64"
     return "constexpr"
+
+
+def _source(kernel: JITFunction) -> type[ASTSource]:
+    if not getattr(kernel, "is_gluon", lambda: False)():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 class Compiler:
@@ -116,7 +134,7 @@ class Compiler:
             return
         self.done.add(key)
         result: dict[str, Any] = {"kernel": kernel.__name__, **self.label}
-        source = ASTSource(kernel, signature, constants, attributes)
+        source = _source(kernel)(kernel, signature, constants, attributes)
         try:
             made = triton.compile(source, target=self.target, options=options)
             result["shared"] = made.metadata.shared
@@ -165,19 +183,24 @@ def main(capability: int) -> None:
     def run(self: JITFunction, *args: Any, **kwargs: Any) -> None:
         compiler.run(self, *args, **kwargs)
 
-    for name, hidden, features, lowest in CASES:
-        if capability < lowest:
+    cases = [(*case, False) for case in CASES if not ONLY[2:]]
+    if capability == 90 and tuning._has_gluon() and len(ONLY) != 2:
+        cases += [(*case, True) for case in CASES if (case[0], case[2]) in WARPGROUPS]
+    for name, hidden, features, lowest, warpgroups in cases:
+        if capability < lowest or (name, features) not in FEWER.get(capability, [(name, features)]):
             continue
         dtype = DTYPES[name]
         config = tuning.tile_config(capability, dtype.itemsize)
         descriptors = capability >= 90 and hidden == 256
         kind = "descriptors" if descriptors else "pointers"
+        kind = "warpgroups" if warpgroups else kind
         compiler.label = {"dtype": name, "variant": f"{features}-{kind}-{hidden}"}
         with (
             mock.patch.object(JITFunction, "run", run),
             mock.patch.object(options, "_why_not_triton", lambda *_: None),
             mock.patch.object(tuning, "config_for", lambda *_, c=config: (c, 128)),
             mock.patch.object(tuning, "use_descriptors", lambda *_, d=descriptors: d),
+            mock.patch.object(tuning, "use_warpgroups", lambda *_, w=warpgroups: w),
             mock.patch.object(
                 tuning, "use_branch_descriptor", lambda _, d=descriptors: d and capability < 100
             ),
@@ -188,7 +211,7 @@ def main(capability: int) -> None:
 
 
 if __name__ == "__main__":
-    only = tuple(sys.argv[2:])
-    if only:
-        CASES = tuple(case for case in CASES + MORE_CASES if only == (case[0], case[2]))
+    ONLY = tuple(sys.argv[2:])
+    if ONLY:
+        CASES = tuple(case for case in CASES + MORE_CASES if (case[0], case[2]) == ONLY[:2])
     main(int(sys.argv[1]))

@@ -63,6 +63,7 @@ def gradient_of(
     factor,
     max_x,
     log_sum,
+    in_tile,
     logit_softcap,
     z_loss,
     onehot_weight,
@@ -72,10 +73,9 @@ def gradient_of(
     HAS_Z_LOSS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """From a tile of logits x (tokens, BLOCK_V) and its `token_terms`: the gradient of each token's
-    own loss with respect to y, the logit before the cap, times factor (tokens,); 0 for masked
-    tokens."""
-    in_tile = tl.arange(0, BLOCK_V)
+    """From a tile of logits x (tokens, BLOCK_V), the numbers of its columns, and its `token_terms`:
+    the gradient of each token's own loss with respect to y, the logit before the cap, times factor
+    (tokens,); 0 for masked tokens."""
     p = tl.exp2((x - max_x[:, None]) * LOG2E - (log_sum * LOG2E)[:, None])
     # What is the same for all columns goes into one factor of p and one term.
     of_p = factor
@@ -165,7 +165,7 @@ def grad_kept_kernel(
         )
         factor = grad * logit_scale if HAS_SCALE else grad
         g = gradient_of(
-            x, target, grad, factor, max_x, log_sum,
+            x, target, grad, factor, max_x, log_sum, tl.arange(0, BLOCK_V),
             logit_softcap, z_loss, onehot_weight, uniform_weight,
             BLOCK_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP,
         )  # fmt: skip
@@ -242,7 +242,7 @@ def grad_logits_kernel(
         upstream = grad * logit_scale if HAS_SCALE else grad
         factor = tl.full((BLOCK_N,), 1.0, tl.float32) if SCALE_LATE else upstream
         g = gradient_of(
-            x, target, grad, factor, max_x, log_sum,
+            x, target, grad, factor, max_x, log_sum, in_tile,
             logit_softcap, z_loss, onehot_weight, uniform_weight,
             BLOCK_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP,
         )  # fmt: skip
@@ -349,27 +349,24 @@ def grad_logits(
     Returns:
         The kept tiles with a filter (dropped ones are zeros in out_VN), else None.
     """
-    form = LogitsForm.of(logits)
-    kept = None
+    form, stride = LogitsForm.of(logits), out_VN.stride(0)
+    described = tuning.use_descriptors(out_VN)
+    of_tokens = logits.target, upstream.grad, upstream.max_logit, upstream.log_sum
+    if form.warpgroups and described and eps is None:
+        from cce_tp.kernels import hopper
+
+        run = hopper.gradients(form, stride, upstream.coefficients)
+        run(logits.input, logits.weight, *of_tokens, out_VN)
+        return None
+    form, kept = form._replace(warpgroups=False), None
     if eps is not None:
         block_n, block_v = form.config.block_n, form.config.block_v
         shape = (ceil_div(logits.shape[0], block_n), ceil_div(logits.shape[1], block_v))
         mask = torch.empty(shape, dtype=torch.int32, device=logits.input.device)
         kept = KeptTiles(mask, block_n, block_v)
-    run = _grad_logits(
-        form, out_VN.stride(0), tuning.use_descriptors(out_VN), upstream.coefficients, eps
-    )
-    run(
-        logits.input,
-        logits.weight,
-        logits.bias,
-        logits.target,
-        upstream.grad,
-        upstream.max_logit,
-        upstream.log_sum,
-        out_VN,
-        None if kept is None else kept.mask,
-    )
+    run = _grad_logits(form, stride, described, upstream.coefficients, eps)
+    mask = None if kept is None else kept.mask
+    run(logits.input, logits.weight, logits.bias, *of_tokens, out_VN, mask)
     return kept
 
 
@@ -397,7 +394,7 @@ def _grad_logits(
         LOAD_LATE=capped and more,
         SCALE_LATE=filters or (capped and not more),
         OUT_DESCRIPTOR=out_descriptor,
-        **_coefficient_arguments(coefficients),
+        **coefficient_arguments(coefficients),
         **form.tile_arguments(),
         blocks={**form.blocks, **out},
     )
@@ -465,12 +462,13 @@ def _grad_kept(
         BLOCK_N=block_n,
         BLOCK_V=block_v,
         num_warps=num_warps,
-        **_coefficient_arguments(coefficients),
+        **coefficient_arguments(coefficients),
         **form.size_arguments(),
     )
 
 
-def _coefficient_arguments(coefficients: tuple[float, float, float]) -> dict[str, Any]:
+def coefficient_arguments(coefficients: tuple[float, float, float]) -> dict[str, Any]:
+    """Of the kernels that call `gradient_of`."""
     z_loss, onehot_weight, uniform_weight = coefficients
     return {
         "z_loss": z_loss,

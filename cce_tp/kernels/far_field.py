@@ -28,7 +28,7 @@ from cce_tp.far_field import (
 )
 from cce_tp.filtering import LARGEST_FAR_MASS
 from cce_tp.kernels import forward, tuning
-from cce_tp.kernels.launch import launch, matrix_argument
+from cce_tp.kernels.launch import LogitsForm, launch, matrix_argument
 from cce_tp.kernels.tile import LOG2E, dot_tile
 from cce_tp.kernels.tuning import ceil_div
 from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient
@@ -900,7 +900,8 @@ def sorted_statistics(
     else:
         free = None
     keeps = 0 if kept is None else kept.columns
-    token_blocks = ceil_div(num_tokens, config.block_n)
+    at_once = logits.columns(0, min(max(available // row, tile), vocab))
+    token_blocks = LogitsForm.of(at_once).token_blocks
     step = rows_per_gather(available, row, tile, vocab, token_blocks, programs)
     for start, stop in blocks(vocab, step):
         ids = order[start:stop]

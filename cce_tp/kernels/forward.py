@@ -34,6 +34,95 @@ from cce_tp.stats import StatRows
 from cce_tp.workspace import blocks, for_buffers
 
 
+@triton.jit
+def masked_tile(x, rows, in_tile, first_col, target_ptr, merged_ptr, N, V, first_id, BLOCK_V):
+    """A tile of logits with -inf beyond V, its rows' maxima, and what exponentials are taken below.
+
+    Stores the logits of the targets that are in it. rows (tokens,), in_tile (BLOCK_V,): the token
+    numbers, and the columns less first_col."""
+    # A mask also where V is a multiple of the tile: without it what follows reads the accumulator
+    # itself, and in Triton the matrix instructions of the next tile wait for it (1.38 gemm and not
+    # 1.07).
+    x = tl.where((first_col + in_tile < V)[None, :], x, float("-inf"))
+    target = target_column(target_ptr, rows, N, first_id, V) - first_col
+    here = (target >= 0) & (target < BLOCK_V)
+    # Most tiles hold no target: a branch costs less than a search of each. It must not read the
+    # accumulator itself, or the matrix instructions of the next tile wait for it.
+    if tl.max(here.to(tl.int32), axis=0) > 0:
+        found = tl.where(in_tile[None, :] == target[:, None], x, 0.0)
+        tl.store(merged_ptr + 2 * N + rows, tl.sum(found, axis=1), mask=here)
+    max_x = tl.max(x, axis=1)
+    return x, max_x, tl.where(max_x == float("-inf"), 0.0, max_x)
+
+
+@triton.jit
+def below_base(x, base, HAS_SOFTCAP: tl.constexpr):
+    """What is kept of a tile of logits, fp16."""
+    below = x - base[:, None]
+    if HAS_SOFTCAP:
+        # An infinity would be one in the cap's derivative; NaN stays.
+        below = tl.where(below < -65504.0, -65504.0, below)
+    return below.to(tl.float16)
+
+
+@triton.jit
+def store_statistics(
+    x,
+    sum_x,
+    max_x,
+    base,
+    rows,
+    in_tile,
+    block_v,
+    ids_ptr,
+    tiles_ptr,
+    N,
+    V,
+    logit_softcap,
+    ROWS: tl.constexpr,
+    LOGIT_SUM: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    ARGMAX: tl.constexpr,
+    SORTED: tl.constexpr,
+    MASSES: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """All statistics of a `masked_tile`, into tile number block_v of tiles_ptr; sum_x (tokens,) of
+    the logits themselves, with LOGIT_SUM."""
+    exp_x, mend = exp_below(x, base)
+    cols = block_v * BLOCK_V + in_tile
+    in_range = (cols < V)[None, :]
+    out = tiles_ptr + block_v.to(tl.int64) * ROWS * N + rows
+    valid = rows < N
+    tl.store(out, max_x, mask=valid)
+    tl.store(out + N, tl.sum(exp_x, axis=1) * mend, mask=valid)
+    out += 2 * N
+    if LOGIT_SUM:
+        tl.store(out, sum_x, mask=valid)
+        out += N
+    if ENTROPY:
+        weighted = exp_x * tl.where(exp_x > 0, x - base[:, None], 0.0)
+        tl.store(out, tl.sum(weighted, axis=1) * mend, mask=valid)
+        out += N
+    if ARGMAX:
+        ids = cols
+        if SORTED:
+            # The lowest id among equals, which need not be the first column.
+            ids = tl.load(ids_ptr + cols, mask=cols < V, other=2147483647).to(tl.int32)
+        largest = (x == max_x[:, None]) & in_range
+        best = tl.min(tl.where(largest, ids[None, :], 2147483647), axis=1)
+        tl.store(out, best.to(tl.float32, bitcast=True), mask=valid)
+        out += N
+    if MASSES:
+        tl.store(out, tl.sum(exp_x * exp_x, axis=1) * (mend * mend), mask=valid)
+        if HAS_SOFTCAP:
+            capped = x * (1.0 / logit_softcap)
+            slope = tl.where(in_range, 1.0 - capped * capped, 0.0)
+            tl.store(out + N, tl.sum(exp_x * slope, axis=1) * mend, mask=valid)
+            tl.store(out + 2 * N, tl.sum(slope, axis=1), mask=valid)
+
+
 @triton.jit(do_not_specialize=["first_id"])
 def tile_statistics_kernel(
     input,
@@ -92,64 +181,24 @@ def tile_statistics_kernel(
         )  # fmt: skip
         rows = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
         in_tile = tl.arange(0, BLOCK_V)
-        cols = block_v * BLOCK_V + in_tile
-        in_range = (cols < V)[None, :]
-        # Zero columns are right for the sums of x; -inf is right for everything else. A mask also
-        # where V is a multiple of the tile: without it what follows reads the accumulator itself,
-        # and the matrix instructions of the next tile wait for it (1.38 gemm and not 1.07).
+        # Before the mask: from the masked tile it costs 0.06 of a forward pass more.
+        sum_x = 0.0
         if LOGIT_SUM:
+            in_range = (block_v * BLOCK_V + in_tile < V)[None, :]
             sum_x = tl.sum(tl.where(in_range, x, 0.0), axis=1)
-        x = tl.where(in_range, x, float("-inf"))
-        target = target_column(target_ptr, rows, N, first_id, V) - block_v * BLOCK_V
-        here = (target >= 0) & (target < BLOCK_V)
-        # Most tiles hold no target: a branch costs less than a search of each. It must not read the
-        # accumulator itself, or the matrix instructions of the next tile wait for it.
-        if tl.max(here.to(tl.int32), axis=0) > 0:
-            found = tl.where(in_tile[None, :] == target[:, None], x, 0.0)
-            tl.store(merged_ptr + 2 * N + rows, tl.sum(found, axis=1), mask=here)
-        max_x = tl.max(x, axis=1)
-        base = tl.where(max_x == float("-inf"), 0.0, max_x)
+        x, max_x, base = masked_tile(
+            x, rows, in_tile, block_v * BLOCK_V, target_ptr, merged_ptr, N, V, first_id, BLOCK_V
+        )
         if KEEP:
             if block_v * BLOCK_V < keep_V:
-                below = x - base[:, None]
-                if HAS_SOFTCAP:
-                    # An infinity would be one in the cap's derivative; NaN stays.
-                    below = tl.where(below < -65504.0, -65504.0, below)
                 store_tile(
                     keep, block_v * BLOCK_V, block_n * BLOCK_N, keep_V, N, stride_keep,
-                    tl.trans(below.to(tl.float16)), BLOCK_V, BLOCK_N, KEEP_DESCRIPTOR,
+                    tl.trans(below_base(x, base, HAS_SOFTCAP)), BLOCK_V, BLOCK_N, KEEP_DESCRIPTOR,
                 )  # fmt: skip
-        exp_x, mend = exp_below(x, base)
-
-        out = tiles_ptr + block_v.to(tl.int64) * ROWS * N + rows
-        valid = rows < N
-        tl.store(out, max_x, mask=valid)
-        tl.store(out + N, tl.sum(exp_x, axis=1) * mend, mask=valid)
-        out += 2 * N
-        if LOGIT_SUM:
-            tl.store(out, sum_x, mask=valid)
-            out += N
-        if ENTROPY:
-            weighted = exp_x * tl.where(exp_x > 0, x - base[:, None], 0.0)
-            tl.store(out, tl.sum(weighted, axis=1) * mend, mask=valid)
-            out += N
-        if ARGMAX:
-            if SORTED:
-                # The lowest id among equals, which need not be the first column.
-                ids = tl.load(ids_ptr + cols, mask=cols < V, other=2147483647).to(tl.int32)
-                largest = (x == max_x[:, None]) & in_range
-                best = tl.min(tl.where(largest, ids[None, :], 2147483647), axis=1)
-            else:
-                best = tl.argmax(x, axis=1, tie_break_left=True) + block_v * BLOCK_V
-            tl.store(out, best.to(tl.float32, bitcast=True), mask=valid)
-            out += N
-        if MASSES:
-            tl.store(out, tl.sum(exp_x * exp_x, axis=1) * (mend * mend), mask=valid)
-            if HAS_SOFTCAP:
-                capped = x * (1.0 / logit_softcap)
-                slope = tl.where(in_range, 1.0 - capped * capped, 0.0)
-                tl.store(out + N, tl.sum(exp_x * slope, axis=1) * mend, mask=valid)
-                tl.store(out + 2 * N, tl.sum(slope, axis=1), mask=valid)
+        store_statistics(
+            x, sum_x, max_x, base, rows, in_tile, block_v, ids_ptr, tiles_ptr, N, V, logit_softcap,
+            ROWS, LOGIT_SUM, ENTROPY, ARGMAX, SORTED, MASSES, HAS_SOFTCAP, BLOCK_V,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["first_id"])
@@ -316,14 +365,19 @@ def tile_statistics(
         masses: also make the rows for the far field: one, or three with a cap.
         keep: (columns, N) fp16, takes the first columns' logits less their tile's maximum; or None.
     """
-    run = _tile_statistics(
-        LogitsForm.of(logits),
-        rows,
-        tiles.shape[1],
-        None if keep is None else (len(keep), keep.stride(0), tuning.use_branch_descriptor(keep)),
-        ids is not None,
-        masses,
-    )
+    form, tile_rows = LogitsForm.of(logits), tiles.shape[1]
+    kept = None
+    if keep is not None:
+        kept = len(keep), keep.stride(0), tuning.use_branch_descriptor(keep)
+    plain = rows.count == 3 and (kept is None or kept[2])
+    if form.warpgroups and plain:
+        from cce_tp.kernels import hopper
+
+        run = hopper.statistics(form, tile_rows, kept and kept[:2], masses)
+        run(logits.input, logits.weight, logits.target, keep, tiles, merged)
+        return
+    form = form._replace(warpgroups=False)
+    run = _tile_statistics(form, rows, tile_rows, kept, ids is not None, masses)
     run(logits.input, logits.weight, logits.bias, logits.target, ids, keep, tiles, merged)
 
 

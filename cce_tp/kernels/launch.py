@@ -59,7 +59,7 @@ def _kinds(values: Iterable[Any]) -> list[Any]:
             add(kind if -(2**31) <= value < 2**31 else kind + ", wide")
         elif cls is float or value is None:
             add(cls)
-        elif cls is TensorDescriptor:
+        elif cls.__name__ == "TensorDescriptor":  # Triton's own, or Gluon's
             base = value.base
             add((base.dtype, base.get_device(), *value.block_shape))
         else:
@@ -132,8 +132,8 @@ class Prepared:
         self._options = {"num_warps": num_warps, "num_stages": num_stages}
         self._fixed = tuple(arguments[name] for name in names[len(self._names) :])
         self._blocks = {names.index(name): block for name, block in (blocks or {}).items()}
-        # By device and alignment: the compiled kernel, and the fields of descriptors by place.
-        self._known: dict[tuple[Any, ...], tuple[Any, list[tuple[int, dict[str, Any]]]]] = {}
+        # By device and alignment: the compiled kernel, and descriptors by place: class and fields.
+        self._known: dict[tuple[Any, ...], tuple[Any, list[tuple[int, Any, dict[str, Any]]]]] = {}
 
     def __call__(self, first: Tensor, *others: Tensor | None) -> None:
         """Launch, with the kernel's tensors in their order."""
@@ -145,19 +145,21 @@ class Prepared:
             self._first_launch(key, arguments)
             return
         compiled, descriptors = known
-        for place, fields in descriptors:
+        for place, kind, fields in descriptors:
             # The constructor would check again what holds for this shape and alignment.
-            descriptor = object.__new__(TensorDescriptor)
+            descriptor = object.__new__(kind)
             vars(descriptor).update(fields, base=arguments[place])
             arguments[place] = descriptor
         compiled[(self._grid, 1, 1)](*arguments, *self._fixed)
 
     def _first_launch(self, key: tuple[Any, ...], arguments: list[Any]) -> None:
         descriptors = []
+        in_gluon = getattr(self._kernel, "is_gluon", lambda: False)()
         for place, block in self._blocks.items():
-            arguments[place] = matrix_argument(arguments[place], *block, True)
-            fields = {name: it for name, it in vars(arguments[place]).items() if name != "base"}
-            descriptors.append((place, fields))
+            made = _descriptor(arguments[place], block, in_gluon)
+            fields = {name: it for name, it in vars(made).items() if name != "base"}
+            arguments[place] = made
+            descriptors.append((place, type(made), fields))
         named = dict(zip(self._names, arguments, strict=True))
         made = launch(self._kernel, self._grid, **named, **self._arguments, **self._options)
         if made is not None:
@@ -177,11 +179,16 @@ def matrix_argument(
     matrix: Tensor, block_rows: int, block_cols: int, descriptor: bool
 ) -> Tensor | TensorDescriptor:
     """A row-major matrix as `kernels.tile` takes it: a pointer, or a descriptor of tiles."""
-    if not descriptor:
-        return matrix
-    return TensorDescriptor(
-        matrix, list(matrix.shape), list(matrix.stride()), [block_rows, block_cols]
-    )
+    return _descriptor(matrix, (block_rows, block_cols)) if descriptor else matrix
+
+
+def _descriptor(matrix: Tensor, block: tuple[int, int], in_gluon: bool = False) -> Any:
+    described = matrix, list(matrix.shape), list(matrix.stride()), [*block]
+    if not in_gluon:
+        return TensorDescriptor(*described)
+    from cce_tp.kernels import hopper
+
+    return hopper.descriptor(*described)
 
 
 class LogitsForm(NamedTuple):
@@ -194,6 +201,7 @@ class LogitsForm(NamedTuple):
         has_bias, first_id, logit_scale, logit_softcap: see `LocalLogits`.
         config, programs: see `tuning.config_for`.
         descriptor: whether input and weight go as descriptors.
+        warpgroups: whether `kernels.hopper` has kernels for them, of whose tiles there are `tiles`.
         precision: of products, see `tuning.input_precision`.
     """
 
@@ -207,6 +215,7 @@ class LogitsForm(NamedTuple):
     config: tuning.TileConfig
     programs: int
     descriptor: bool
+    warpgroups: bool
     precision: str
 
     @classmethod
@@ -214,6 +223,7 @@ class LogitsForm(NamedTuple):
         """The form in which kernels take these logits now; settings of torch are read anew."""
         input, weight = logits.input, logits.weight
         config, programs = tuning.config_for(input)
+        descriptor = tuning.use_descriptors(input, weight)
         return cls(
             logits.shape,
             (input.stride(0), weight.stride(0)),
@@ -224,16 +234,24 @@ class LogitsForm(NamedTuple):
             logits.logit_softcap,
             config,
             programs,
-            tuning.use_descriptors(input, weight),
+            descriptor,
+            descriptor
+            and logits.bias is None
+            and logits.logit_softcap is None
+            and tuning.use_warpgroups(input, len(weight), config, programs),
             tuning.input_precision(input.dtype),
         )
 
     @property
+    def token_blocks(self) -> int:
+        """Number of tiles that cover the tokens."""
+        rows = tuning.HOPPER_TOKENS if self.warpgroups else self.config.block_n
+        return tuning.ceil_div(self.shape[0], rows)
+
+    @property
     def tiles(self) -> int:
         """Number of tiles of the logits."""
-        tokens, vocab, _ = self.shape
-        config = self.config
-        return tuning.ceil_div(tokens, config.block_n) * tuning.ceil_div(vocab, config.block_v)
+        return self.token_blocks * tuning.ceil_div(self.shape[1], self.config.block_v)
 
     @property
     def blocks(self) -> dict[str, tuple[int, int]]:
@@ -245,6 +263,13 @@ class LogitsForm(NamedTuple):
             "input": (config.block_n, config.block_d),
             "weight": (config.block_v, config.block_d),
         }
+
+    @property
+    def precise_cap(self) -> bool:
+        """A tanh that is off by 1.2e-7 of the cap is lost in the rounding of 16-bit operands,
+        unless the cap is large."""
+        softcap = self.logit_softcap
+        return softcap is not None and (softcap > 50.0 or self.dtype.itemsize > 2)
 
     def size_arguments(self) -> dict[str, Any]:
         """Arguments of every kernel that meets logits: sizes, scale, cap."""
@@ -262,7 +287,7 @@ class LogitsForm(NamedTuple):
 
     def tile_arguments(self) -> dict[str, Any]:
         """Arguments of every kernel that walks all tiles, and its options, but for the tensors."""
-        config, itemsize, softcap = self.config, self.dtype.itemsize, self.logit_softcap
+        config, itemsize = self.config, self.dtype.itemsize
         hidden = self.shape[2]
         return {
             **self.size_arguments(),
@@ -270,9 +295,7 @@ class LogitsForm(NamedTuple):
             "stride_input": self.strides[0],
             "stride_weight": self.strides[1],
             "HAS_BIAS": self.has_bias,
-            # A tanh that is off by 1.2e-7 of the cap is lost in the rounding of 16-bit operands,
-            # unless the cap is large.
-            "PRECISE_CAP": softcap is not None and (softcap > 50.0 or itemsize > 2),
+            "PRECISE_CAP": self.precise_cap,
             "NUM_PROGRAMS": self.programs,
             "DESCRIPTOR": self.descriptor,
             "PRECISION": self.precision,

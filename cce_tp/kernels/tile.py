@@ -230,14 +230,14 @@ def target_column(target_ptr, rows, N, first_id, V):
 
 
 @triton.jit
-def grouped_block(tile, num_rows, num_cols, GROUP: tl.constexpr):
+def grouped_block(tile, num_rows, num_cols, group):
     """(row block, column block) of a linear tile number.
 
-    GROUP row blocks sweep the columns together, so that a block of the classifier is used GROUP
+    `group` row blocks sweep the columns together, so that a block of the classifier is used so many
     times while it is in the L2 cache.
     """
-    per_group = GROUP * num_cols
-    first_row = (tile // per_group) * GROUP
-    group_rows = tl.minimum(num_rows - first_row, GROUP)
+    per_group = group * num_cols
+    first_row = (tile // per_group) * group
+    group_rows = tl.minimum(num_rows - first_row, group)
     within = tile % per_group
     return first_row + within % group_rows, within // group_rows

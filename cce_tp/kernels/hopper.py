@@ -1,0 +1,552 @@
+"""The two large kernels for Hopper's tensor cores: tile statistics, and G^T, of 16-bit operands.
+
+They compute what `forward.tile_statistics_kernel` and `backward.grad_logits_kernel` do, with the
+same functions for all that comes after the product, in Gluon, which can say what Triton cannot:
+
+*192 x 256 tiles.* These products run at the card's power limit, so what counts is energy; and a
+tile of 192 x 256 brings 22% fewer bytes from the L2 cache for each product than one of 128 x 256.
+
+*Warpgroups that run apart.* One warp loads; three warpgroups of 64 tokens each multiply and go on
+by themselves, so that one's exponentials run beside the others' products.
+
+Triton's interpreter does not know Gluon, which also changes from release to release: there, on
+other devices, in other releases, where the tiles do not fit (`tuning.use_warpgroups`) and for
+operands that the bulk copy engine cannot address the other two kernels run. They compute the same
+bits (`tests/test_hopper.py`).
+
+Legend: N tokens, V vocabulary rows of this launch, D hidden size.
+"""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_init,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from cce_tp.kernels import backward, forward, tile
+from cce_tp.kernels.launch import LogitsForm, Prepared, prepared
+from cce_tp.kernels.tuning import HOPPER_TOKENS, ceil_div
+
+# Warpgroups that multiply in a program, and tokens of each.
+_WARPGROUPS = 3
+_ROWS = HOPPER_TOKENS // _WARPGROUPS
+# Half a tile's vocabulary rows, and the depth of a step.
+_HALF_V = 128
+_BLOCK_D = 32
+# What is loaded ahead: steps of BLOCK_D deep, 28 KiB each.
+_STAGES = 7
+# Columns of a tile that are on their way out at once, from each warpgroup.
+_STORED_COLUMNS = 32
+# Registers of a thread that multiplies: of its warpgroup's 64 x 256 sums it holds 128.
+_REGISTERS = 160
+_LOADER_REGISTERS = 24
+
+# Hidden states that sweep the vocabulary together. On an H100, forward pass: D 1536 and 2304 all 43
+# blocks of 8192 tokens (25 and 36 MiB) 1.021 and 1.014, 32 of them 1.030 and 1.023; D 4096 the same
+# from 8 to 22.
+_GROUP_BYTES = 38 << 20
+
+# Where the warps of a warpgroup hold their sums.
+_HALF_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _HALF_V, 16]))
+_WHOLE_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * _HALF_V, 16]))
+
+_twins: dict[str, Any] = {}
+
+
+def _twin(function: Any) -> Any:
+    """A device function of the Triton kernels, to be called from Gluon.
+
+    The source is one; where it says `tl`, Gluon's language is meant."""
+    plain = function.fn
+    names = {**plain.__globals__, **_twins, "tl": gl}
+    made = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__)
+    made.__annotations__ = plain.__annotations__
+    made.__kwdefaults__ = plain.__kwdefaults__
+    made.__module__, made.__qualname__ = plain.__module__, plain.__qualname__
+    _twins[plain.__name__] = gluon.jit(made)
+    return _twins[plain.__name__]
+
+
+_grouped_block = _twin(tile.grouped_block)
+_twin(tile.multiply_add)
+_twin(tile.target_column)
+_twin(tile.exp_below)
+_masked_tile = _twin(forward.masked_tile)
+_below_base = _twin(forward.below_base)
+_store_statistics = _twin(forward.store_statistics)
+_token_terms = _twin(backward.token_terms)
+_gradient_of = _twin(backward.gradient_of)
+
+
+@gluon.jit
+def _tile(number, blocks_n, blocks_v, group_n, NUM_PROGRAMS: gl.constexpr):
+    """`tile.grouped_block`, but a program, which takes every NUM_PROGRAMS-th tile, meets all row
+    blocks of a group in turn: the last one may have fewer tokens."""
+    block_n, block_v = _grouped_block(number, blocks_n, blocks_v, group_n)
+    first = (block_n // group_n) * group_n
+    rows = gl.minimum(blocks_n - first, group_n)
+    return first + (block_n - first + block_v * rows // NUM_PROGRAMS) % rows, block_v
+
+
+@gluon.jit
+def _next(stage, phase, STAGES: gl.constexpr):
+    """Of the ring of buffers, the one after this, and in which round it is, modulo 2."""
+    last = stage == STAGES - 1
+    return gl.where(last, 0, stage + 1), gl.where(last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _previous(stage, STAGES: gl.constexpr):
+    # Not a variable of the loop: Triton 3.6 takes one that is only ever set to another for it.
+    return gl.where(stage == 0, STAGES - 1, stage - 1)
+
+
+@gluon.jit
+def _load_tiles(
+    input,
+    weight,
+    ring,
+    sizes,
+    NUM_PROGRAMS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """What one warp does: bring the operands of all tiles of this program, in order."""
+    input_bufs, weight_bufs, full, empty = ring
+    N, V, D, group_n = sizes
+    ROWS: gl.constexpr = input.block_shape[0]
+    BLOCK_D: gl.constexpr = input.block_shape[1]
+    HALF_V: gl.constexpr = weight.block_shape[0]
+    PARTS: gl.constexpr = input_bufs.shape[0] // STAGES
+    blocks_n = gl.cdiv(N, PARTS * ROWS)
+    blocks_v = gl.cdiv(V, 2 * HALF_V)
+    stage, phase = 0, 0
+    for number in range(gl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS):
+        block_n, block_v = _tile(number, blocks_n, blocks_v, group_n, NUM_PROGRAMS)
+        for d in range(0, D, BLOCK_D):
+            mbarrier.wait(empty.index(stage), phase ^ 1)
+            arrived = full.index(stage)
+            mbarrier.expect(arrived, (PARTS * ROWS + 2 * HALF_V) * BLOCK_D * 2)
+            for part in gl.static_range(PARTS):
+                tma.async_copy_global_to_shared(
+                    input, [(block_n * PARTS + part) * ROWS, d], arrived,
+                    input_bufs.index(stage * PARTS + part),
+                )  # fmt: skip
+            for half in gl.static_range(2):
+                tma.async_copy_global_to_shared(
+                    weight, [(block_v * 2 + half) * HALF_V, d], arrived,
+                    weight_bufs.index(stage * 2 + half),
+                )  # fmt: skip
+            stage, phase = _next(stage, phase, STAGES)
+
+
+@gluon.jit
+def _product(ring, stage, phase, D, PART: gl.constexpr, STAGES: gl.constexpr):
+    """Sums of one tile for warpgroup number PART, (ROWS, BLOCK_V / 2) fp32 each of its left and
+    right columns; and where in the ring the next tile begins.
+
+    In halves, as one instruction for all would need more registers than ptxas grants a kernel of so
+    many threads."""
+    input_bufs, weight_bufs, full, empty = ring
+    ROWS: gl.constexpr = input_bufs.shape[1]
+    BLOCK_D: gl.constexpr = input_bufs.shape[2]
+    HALF_V: gl.constexpr = weight_bufs.shape[1]
+    PARTS: gl.constexpr = input_bufs.shape[0] // STAGES
+    left = warpgroup_mma_init(gl.zeros([ROWS, HALF_V], gl.float32, _HALF_LAYOUT))
+    right = warpgroup_mma_init(gl.zeros([ROWS, HALF_V], gl.float32, _HALF_LAYOUT))
+    for step in range(gl.cdiv(D, BLOCK_D)):
+        mbarrier.wait(full.index(stage), phase)
+        a = input_bufs.index(stage * PARTS + PART)
+        left = warpgroup_mma(
+            a, weight_bufs.index(stage * 2).permute((1, 0)), left, use_acc=step > 0, is_async=True
+        )
+        right = warpgroup_mma(
+            a, weight_bufs.index(stage * 2 + 1).permute((1, 0)), right, use_acc=step > 0,
+            is_async=True,
+        )  # fmt: skip
+        # The step before this one has been multiplied.
+        done_left, done_right = warpgroup_mma_wait(2, deps=(left, right))
+        left, right = warpgroup_mma_init(done_left), warpgroup_mma_init(done_right)
+        mbarrier.arrive(empty.index(_previous(stage, STAGES)), pred=step > 0)
+        stage, phase = _next(stage, phase, STAGES)
+    done_left, done_right = warpgroup_mma_wait(0, deps=(left, right))
+    mbarrier.arrive(empty.index(_previous(stage, STAGES)))
+    return done_left, done_right, stage, phase
+
+
+@gluon.jit
+def _skip_product(ring, stage, phase, D, STAGES: gl.constexpr):
+    """`_product` of tokens beyond N: nothing but to let the loader go on."""
+    input_bufs, _, full, empty = ring
+    for _ in range(gl.cdiv(D, input_bufs.shape[2])):
+        mbarrier.wait(full.index(stage), phase)
+        mbarrier.arrive(empty.index(stage))
+        stage, phase = _next(stage, phase, STAGES)
+    return stage, phase
+
+
+@gluon.jit
+def _halves(x):
+    """The left and the right columns of a tile."""
+    HALF: gl.constexpr = x.shape[1] // 2
+    return x.reshape([x.shape[0], 2, HALF]).permute((0, 2, 1)).split()
+
+
+@gluon.jit
+def _store_columns(out, buf, piece, col, row):
+    """Through shared memory: out[col:, row:] = the transpose of a piece of a tile."""
+    tma.store_wait(1)  # what was stored from this buffer has left it
+    buf.store(piece.permute((1, 0)))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out, [col, row], buf)
+
+
+@gluon.jit
+def _store_transposed(out, bufs, g, col, row, PART: gl.constexpr):
+    """out[col:, row:] = g^T for g (ROWS, BLOCK_V / 2) of 16 bits, clipped to the matrix."""
+    WIDTH: gl.constexpr = g.shape[1] // 4
+    left, right = _halves(g)
+    first, second = _halves(left)
+    third, fourth = _halves(right)
+    _store_columns(out, bufs.index(2 * PART), first, col, row)
+    _store_columns(out, bufs.index(2 * PART + 1), second, col + WIDTH, row)
+    _store_columns(out, bufs.index(2 * PART), third, col + 2 * WIDTH, row)
+    _store_columns(out, bufs.index(2 * PART + 1), fourth, col + 3 * WIDTH, row)
+
+
+@gluon.jit
+def _statistics_of_tiles(
+    PART: gl.constexpr,
+    ring,
+    sizes,
+    terms,
+    tensors,
+    kept,
+    NUM_PROGRAMS: gl.constexpr,
+    ROWS: gl.constexpr,
+    MASSES: gl.constexpr,
+    KEEP: gl.constexpr,
+    HAS_SCALE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """What warpgroup number PART does in the forward pass."""
+    input_bufs, weight_bufs, _, _ = ring
+    N, V, D, group_n = sizes
+    first_id, logit_scale = terms
+    target_ptr, tiles_ptr, merged_ptr = tensors
+    keep, store_bufs, keep_V = kept
+    TOKENS: gl.constexpr = input_bufs.shape[1]
+    PARTS: gl.constexpr = input_bufs.shape[0] // STAGES
+    BLOCK_V: gl.constexpr = 2 * weight_bufs.shape[1]
+    blocks_n = gl.cdiv(N, PARTS * TOKENS)
+    blocks_v = gl.cdiv(V, BLOCK_V)
+    in_tile = gl.arange(0, BLOCK_V, layout=gl.SliceLayout(0, _WHOLE_LAYOUT))
+    stage, phase = 0, 0
+    for number in range(gl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS):
+        block_n, block_v = _tile(number, blocks_n, blocks_v, group_n, NUM_PROGRAMS)
+        first_row, first_col = (block_n * PARTS + PART) * TOKENS, block_v * BLOCK_V
+        if first_row < N:
+            left, right, stage, phase = _product(ring, stage, phase, D, PART, STAGES)
+            x = gl.join(left, right).permute((0, 2, 1)).reshape([TOKENS, BLOCK_V])
+            x = gl.convert_layout(x, _WHOLE_LAYOUT)
+            rows = first_row + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, _WHOLE_LAYOUT))
+            if HAS_SCALE:
+                x *= logit_scale
+            x, max_x, base = _masked_tile(
+                x, rows, in_tile, first_col, target_ptr, merged_ptr, N, V, first_id, BLOCK_V
+            )
+            if KEEP:
+                if first_col < keep_V:
+                    below = _halves(_below_base(x, base, False))
+                    right_col = first_col + BLOCK_V // 2
+                    _store_transposed(keep, store_bufs, below[0], first_col, first_row, PART)
+                    _store_transposed(keep, store_bufs, below[1], right_col, first_row, PART)
+            _store_statistics(
+                x, max_x, max_x, base, rows, in_tile, block_v, target_ptr, tiles_ptr, N, V, 1.0,
+                ROWS, False, False, False, False, MASSES, False, BLOCK_V,
+            )  # fmt: skip
+        else:
+            stage, phase = _skip_product(ring, stage, phase, D, STAGES)
+    if KEEP:
+        tma.store_wait(0)
+
+
+@gluon.jit
+def _gradients_of_tiles(
+    PART: gl.constexpr,
+    ring,
+    sizes,
+    terms,
+    tensors,
+    coefficients,
+    NUM_PROGRAMS: gl.constexpr,
+    HAS_SMOOTHING: gl.constexpr,
+    HAS_Z_LOSS: gl.constexpr,
+    HAS_SCALE: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """What warpgroup number PART does for G^T."""
+    input_bufs, weight_bufs, _, _ = ring
+    N, V, D, group_n = sizes
+    first_id, logit_scale = terms
+    target_ptr, grad_ptr, max_ptr, log_sum_ptr, out, store_bufs = tensors
+    z_loss, onehot_weight, uniform_weight = coefficients
+    TOKENS: gl.constexpr = input_bufs.shape[1]
+    PARTS: gl.constexpr = input_bufs.shape[0] // STAGES
+    HALF_V: gl.constexpr = weight_bufs.shape[1]
+    blocks_n = gl.cdiv(N, PARTS * TOKENS)
+    blocks_v = gl.cdiv(V, 2 * HALF_V)
+    in_half = gl.arange(0, HALF_V, layout=gl.SliceLayout(0, _HALF_LAYOUT))
+    stage, phase = 0, 0
+    for number in range(gl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS):
+        block_n, block_v = _tile(number, blocks_n, blocks_v, group_n, NUM_PROGRAMS)
+        first_row, first_col = (block_n * PARTS + PART) * TOKENS, block_v * (2 * HALF_V)
+        if first_row < N:
+            left, right, stage, phase = _product(ring, stage, phase, D, PART, STAGES)
+            rows = first_row + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, _HALF_LAYOUT))
+            of_token = _token_terms(
+                target_ptr, grad_ptr, max_ptr, log_sum_ptr, rows, first_col, N, V, first_id
+            )
+            for i in gl.static_range(2):
+                x = left if i == 0 else right
+                col = first_col + i * HALF_V
+                target, grad, max_x, log_sum = of_token
+                if HAS_SCALE:
+                    x *= logit_scale
+                factor = grad * logit_scale if HAS_SCALE else grad
+                g = _gradient_of(
+                    x, target - i * HALF_V, grad, factor, max_x, log_sum, in_half,
+                    1.0, z_loss, onehot_weight, uniform_weight,
+                    HALF_V, HAS_SMOOTHING, HAS_Z_LOSS, False,
+                )  # fmt: skip
+                _store_transposed(out, store_bufs, g.to(out.dtype), col, first_row, PART)
+        else:
+            stage, phase = _skip_product(ring, stage, phase, D, STAGES)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _ring(input, weight, STAGES: gl.constexpr, PARTS: gl.constexpr):
+    """Buffers for steps of input and weight, and two barriers for each: that its operands are here,
+    and that all warpgroups are done with them."""
+    input_bufs = gl.allocate_shared_memory(
+        input.dtype, [STAGES * PARTS, input.block_shape[0], input.block_shape[1]], input.layout
+    )
+    weight_bufs = gl.allocate_shared_memory(
+        weight.dtype, [STAGES * 2, weight.block_shape[0], weight.block_shape[1]], weight.layout
+    )
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
+        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(empty.index(stage), count=PARTS)
+    fence_async_shared()
+    return input_bufs, weight_bufs, full, empty
+
+
+@gluon.jit(do_not_specialize=["first_id"])
+def tile_statistics_kernel(
+    input,
+    weight,
+    target_ptr,
+    keep,
+    tiles_ptr,
+    merged_ptr,
+    N,
+    V,
+    D,
+    group_n,
+    keep_V,
+    first_id,
+    logit_scale,
+    NUM_PROGRAMS: gl.constexpr,
+    ROWS: gl.constexpr,
+    MASSES: gl.constexpr,
+    KEEP: gl.constexpr,
+    HAS_SCALE: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr,
+):
+    """As `forward.tile_statistics_kernel`; input, weight and keep are descriptors."""
+    ring = _ring(input, weight, STAGES, PARTS)
+    if KEEP:
+        store_bufs = gl.allocate_shared_memory(
+            keep.dtype, [2 * PARTS, keep.block_shape[0], keep.block_shape[1]], keep.layout
+        )
+    else:
+        keep, store_bufs = input, ring[0]  # no partition takes a None: what is not read
+    sizes, terms = (N, V, D, group_n), (first_id, logit_scale)
+    tensors = target_ptr, tiles_ptr, merged_ptr
+    kept = keep, store_bufs, keep_V
+    gl.warp_specialize(
+        [
+            (_statistics_of_tiles, (
+                0, ring, sizes, terms, tensors, kept,
+                NUM_PROGRAMS, ROWS, MASSES, KEEP, HAS_SCALE, STAGES,
+            )),
+            (_statistics_of_tiles, (
+                1, ring, sizes, terms, tensors, kept,
+                NUM_PROGRAMS, ROWS, MASSES, KEEP, HAS_SCALE, STAGES,
+            )),
+            (_statistics_of_tiles, (
+                2, ring, sizes, terms, tensors, kept,
+                NUM_PROGRAMS, ROWS, MASSES, KEEP, HAS_SCALE, STAGES,
+            )),
+            (_load_tiles, (input, weight, ring, sizes, NUM_PROGRAMS, STAGES)),
+        ],
+        [4, 4, 1],
+        [REGISTERS, REGISTERS, LOADER_REGISTERS],
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["first_id"])
+def grad_logits_kernel(
+    input,
+    weight,
+    target_ptr,
+    grad_ptr,
+    max_ptr,
+    log_sum_ptr,
+    out,
+    N,
+    V,
+    D,
+    group_n,
+    first_id,
+    logit_scale,
+    z_loss,
+    onehot_weight,
+    uniform_weight,
+    NUM_PROGRAMS: gl.constexpr,
+    HAS_SMOOTHING: gl.constexpr,
+    HAS_Z_LOSS: gl.constexpr,
+    HAS_SCALE: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr,
+):
+    """As `backward.grad_logits_kernel` without a filter; input, weight and out are descriptors."""
+    ring = _ring(input, weight, STAGES, PARTS)
+    store_bufs = gl.allocate_shared_memory(
+        out.dtype, [2 * PARTS, out.block_shape[0], out.block_shape[1]], out.layout
+    )
+    sizes, terms = (N, V, D, group_n), (first_id, logit_scale)
+    tensors = target_ptr, grad_ptr, max_ptr, log_sum_ptr, out, store_bufs
+    coefficients = z_loss, onehot_weight, uniform_weight
+    gl.warp_specialize(
+        [
+            (_gradients_of_tiles, (
+                0, ring, sizes, terms, tensors, coefficients, NUM_PROGRAMS,
+                HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, STAGES,
+            )),
+            (_gradients_of_tiles, (
+                1, ring, sizes, terms, tensors, coefficients, NUM_PROGRAMS,
+                HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, STAGES,
+            )),
+            (_gradients_of_tiles, (
+                2, ring, sizes, terms, tensors, coefficients, NUM_PROGRAMS,
+                HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, STAGES,
+            )),
+            (_load_tiles, (input, weight, ring, sizes, NUM_PROGRAMS, STAGES)),
+        ],
+        [4, 4, 1],
+        [REGISTERS, REGISTERS, LOADER_REGISTERS],
+    )  # fmt: skip
+
+
+_GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+def descriptor(
+    matrix: Tensor, shape: list[int], strides: list[int], block: list[int]
+) -> TensorDescriptor:
+    """A row-major matrix, in tiles that are swizzled in shared memory as products want them."""
+    layout = gl.NVMMASharedLayout.get_default_for(block, _GLUON_DTYPES[matrix.dtype])
+    return TensorDescriptor(matrix, shape, strides, block, layout)
+
+
+def _group(form: LogitsForm) -> int:
+    """Token blocks that sweep the vocabulary together: as many as share the L2 cache, in groups of
+    about equal size."""
+    blocks = form.token_blocks
+    groups = ceil_div(blocks * HOPPER_TOKENS * form.shape[2] * 2, _GROUP_BYTES)
+    return ceil_div(blocks, groups)
+
+
+@prepared
+def statistics(
+    form: LogitsForm, tile_rows: int, keep: tuple[int, int] | None, masses: bool
+) -> Prepared:
+    """`forward.tile_statistics` without options: takes input, weight, target, keep, tiles, merged.
+
+    Args:
+        form: of the logits, without bias and cap.
+        tile_rows: rows of the statistics of a tile.
+        keep: columns to keep, and the stride of their rows; or None.
+        masses: as there.
+    """
+    blocks = {} if keep is None else {"keep": (_STORED_COLUMNS, _ROWS)}
+    return Prepared(
+        tile_statistics_kernel,
+        keep_V=0 if keep is None else keep[0],
+        ROWS=tile_rows,
+        MASSES=masses,
+        KEEP=keep is not None,
+        **_tile_arguments(form, blocks),
+    )
+
+
+@prepared
+def gradients(
+    form: LogitsForm, stride_out: int, coefficients: tuple[float, float, float]
+) -> Prepared:
+    """`backward.grad_logits` without a filter: takes input, weight, target, upstream gradient,
+    maximum, log of the sum, and out.
+
+    Args:
+        form: of the logits, without bias and cap.
+        stride_out: of the rows of out.
+        coefficients: see `LogitGradient`.
+    """
+    blocks = {"out": (_STORED_COLUMNS, _ROWS)}
+    arguments = backward.coefficient_arguments(coefficients)
+    return Prepared(grad_logits_kernel, **arguments, **_tile_arguments(form, blocks))
+
+
+def _tile_arguments(form: LogitsForm, blocks: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    return {
+        "N": form.shape[0],
+        "V": form.shape[1],
+        "first_id": form.first_id,
+        "logit_scale": float(form.logit_scale),
+        "HAS_SCALE": form.logit_scale != 1.0,
+        "grid": min(form.programs, form.tiles),
+        "D": form.shape[2],
+        "NUM_PROGRAMS": form.programs,
+        "PARTS": _WARPGROUPS,
+        "STAGES": _STAGES,
+        "group_n": _group(form),
+        "REGISTERS": _REGISTERS,
+        "LOADER_REGISTERS": _LOADER_REGISTERS,
+        "num_warps": 4,
+        "blocks": {
+            "input": (_ROWS, _BLOCK_D),
+            "weight": (_HALF_V, _BLOCK_D),
+            **blocks,
+        },
+    }

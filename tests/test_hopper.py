@@ -1,0 +1,190 @@
+"""cce_tp.kernels.hopper: the kernels that Hopper runs in place of Triton's, bit by bit.
+
+Where they run is decided by sizes; here, on a Hopper GPU, both are made to run and compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from cce_tp.kernels import backward, forward, tuning
+from cce_tp.kernels.launch import LogitsForm
+from cce_tp.problem import LocalLogits, LogitGradient
+from cce_tp.stats import StatRows
+from cce_tp.workspace import gradient_pitch
+from variants import HAS_CUDA
+
+ON_HOPPER = HAS_CUDA and torch.cuda.get_device_capability() == (9, 0) and tuning._has_gluon()
+hopper = pytest.mark.skipif(HAS_CUDA and not ON_HOPPER, reason="needs a Hopper GPU and Gluon")
+gpu = pytest.mark.gpu
+pytestmark = pytest.mark.no_poison
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "faster"),
+    [
+        (8192, 256000, True),
+        (8192, 128256, True),
+        (16384, 128256, True),
+        (8192, 32064, True),
+        # Half of the last round of tiles, or most of the last row of them, would be idle.
+        (8192, 16032, False),
+        (4096, 128256, False),
+        (1024, 128256, False),
+        (1000, 50000, False),
+        (1, 128256, False),
+        (8192, 1, False),
+    ],
+)
+def test_where_they_are_the_faster_ones(tokens: int, vocab: int, faster: bool) -> None:
+    """As measured on an H100 of 132 multiprocessors."""
+    assert tuning.warpgroups_pay(tokens, vocab, 132) == faster
+
+
+class Case(NamedTuple):
+    """Sizes of a problem, and what is asked of it."""
+
+    tokens: int
+    vocab: int
+    hidden: int
+    dtype: torch.dtype = torch.bfloat16
+    scale: float = 1.0
+    first_id: int = 0
+
+    def make(self) -> LocalLogits:
+        made: dict[str, Any] = {"device": "cuda", "dtype": self.dtype}
+        input = torch.randn(self.tokens, self.hidden, **made)
+        weight = torch.randn(self.vocab, self.hidden, **made) * 3 * self.hidden**-0.5
+        first, past = self.first_id - self.vocab // 4, self.first_id + 2 * self.vocab
+        target = torch.randint(min(first, 0), past, (self.tokens,), device="cuda")
+        target[:: max(2, self.tokens // 7)] = -100
+        return LocalLogits(input, weight, None, target, self.first_id, self.scale, None)
+
+
+SIZES = [
+    Case(1, 1, 32),
+    Case(63, 255, 8),
+    Case(64, 256, 64),
+    Case(65, 257, 72),
+    Case(192, 1111, 256),
+    Case(193, 1111, 264),
+    Case(1500, 1111, 224),
+    Case(1500, 20000, 256),
+    Case(8192, 9000, 512),
+    Case(3000, 40001, 96, torch.float16),
+]
+OPTIONS = [Case(700, 9000, 256, first_id=77), Case(700, 9000, 256, scale=0.5)]
+ROWS = StatRows(logit_sum=False, entropy=False, argmax=False)
+
+
+@contextlib.contextmanager
+def made_by(warpgroups: bool) -> Iterator[None]:
+    """As if the sizes said so."""
+    with mock.patch.object(tuning, "use_warpgroups", lambda *_: warpgroups):
+        yield
+
+
+def _statistics(logits: LocalLogits, keep_columns: int, masses: bool) -> list[Tensor]:
+    """Of all tiles, and what is kept."""
+    num_tokens, vocab, _ = logits.shape
+    num_tiles = tuning.ceil_div(vocab, 256)
+    tiles, merged = forward.empty_tiles(num_tiles, num_tokens, ROWS, logits.input, more=int(masses))
+    tiles.fill_(7.0), merged.fill_(7.0)
+    ids = torch.randperm(vocab, device="cuda") if masses else None
+    keep = None
+    if keep_columns:
+        pitch = gradient_pitch(num_tokens)
+        keep = torch.full((keep_columns, pitch), 7.0, dtype=torch.float16, device="cuda")
+        keep = keep[:, :num_tokens]
+    forward.tile_statistics(logits, ROWS, tiles, merged, ids=ids, masses=masses, keep=keep)
+    return [tiles, merged[2], *([] if keep is None else [keep])]
+
+
+def _assert_equal_bits(found: list[Tensor], expected: list[Tensor]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        whole = {2: torch.int16, 4: torch.int32}[one.itemsize]
+        assert torch.equal(one.contiguous().view(whole), other.contiguous().view(whole))
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("keep", [0, 1, 2], ids=["nothing-kept", "half-kept", "all-kept"])
+@pytest.mark.parametrize("case", SIZES + OPTIONS, ids=str)
+def test_statistics_have_the_same_bits(case: Case, keep: int) -> None:
+    logits = case.make()
+    masses, columns = case.hidden == 256, case.vocab * keep // 2
+    with made_by(False):
+        expected = _statistics(logits, columns, masses)
+    assert not (expected[0] == 7.0).any()
+    for _ in range(3):  # a race would not show every time
+        with made_by(True), mock.patch.object(forward, "_tile_statistics", None):
+            _assert_equal_bits(_statistics(logits, columns, masses), expected)
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize(
+    "z_loss_and_smoothing", [(0.0, 0.0), (1e-2, 0.1)], ids=["plain", "z-loss-and-smoothing"]
+)
+@pytest.mark.parametrize("case", SIZES + OPTIONS, ids=str)
+def test_gradients_have_the_same_bits(
+    case: Case, z_loss_and_smoothing: tuple[float, float]
+) -> None:
+    """But for terms that come together in one instruction here and in two there: to rounding."""
+    logits = case.make()
+    num_tokens, vocab, _ = logits.shape
+    pitch = gradient_pitch(num_tokens)
+    upstream = LogitGradient(
+        torch.rand(num_tokens, device="cuda") * (logits.target >= 0),
+        torch.rand(num_tokens, device="cuda") * 5 + 15,
+        torch.rand(num_tokens, device="cuda") + 2,
+        *z_loss_and_smoothing,
+        vocab,
+    )
+
+    def run() -> Tensor:
+        out = torch.full((vocab, pitch), 7.0, dtype=case.dtype, device="cuda")[:, :num_tokens]
+        backward.grad_logits(logits, upstream, out, None)
+        return out
+
+    with made_by(False):
+        expected = run()
+    assert torch.isfinite(expected).all() and not (expected == 7.0).any()
+    with made_by(True), mock.patch.object(backward, "_grad_logits", None):
+        found = [run() for _ in range(3)]
+    _assert_equal_bits([found[0], found[0]], found[1:])
+    if z_loss_and_smoothing == (0.0, 0.0):
+        _assert_equal_bits(found[:1], [expected])
+    torch.testing.assert_close(found[0], expected, rtol=0.01, atol=1e-7)
+
+
+@gpu
+@hopper
+def test_a_call_of_that_size_takes_them() -> None:
+    """And is right: the loss against fp32, at the least number of tokens and rows that do."""
+    import cce_tp
+
+    tokens, vocab, hidden = 8192, 40960, 64
+    input = torch.randn(tokens, hidden, device="cuda").bfloat16().requires_grad_()
+    weight = torch.randn(vocab, hidden, device="cuda").bfloat16() * 0.3
+    weight.requires_grad_()
+    target = torch.randint(0, vocab, (tokens,), device="cuda")
+    logits = LocalLogits(input, weight, None, target, 0, 1.0, None)
+    assert LogitsForm.of(logits).warpgroups
+    loss = cce_tp.linear_cross_entropy(input, weight, target)
+    loss.backward()
+    exact_input = input.detach().float().requires_grad_()
+    exact_weight = weight.detach().float().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(exact_input @ exact_weight.t(), target)
+    exact.backward()
+    torch.testing.assert_close(loss, exact, rtol=1e-5, atol=1e-5)
+    for grad, right in ((input.grad, exact_input.grad), (weight.grad, exact_weight.grad)):
+        assert grad is not None and right is not None
+        assert (grad.float() - right).norm() / right.norm() < 4e-3
