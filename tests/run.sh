@@ -125,7 +125,8 @@ if (($# == 0)); then
     # nproc counts threads, not cores, where the variables of OpenMP are set.
     workers=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 1)
     workers=${CCE_TP_TEST_WORKERS:-$((workers < 4 ? workers : 4))}
-    ((workers > 1)) && pytest_options+=(--numprocesses "$workers")
+    # Each begins with a half of its own, so that few files set up their ranks twice.
+    ((workers > 1)) && pytest_options+=(--numprocesses "$workers" --dist worksteal)
 fi
 echo "== pytest"
 "$bin/python" -m pytest "${pytest_options[@]}" "$@"

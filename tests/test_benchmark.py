@@ -422,6 +422,7 @@ def _two_ranks(out: Path, names: str, *flags: str) -> tuple[str, list[dict[str, 
     return printed, found
 
 
+@pytest.mark.once
 def test_two_ranks(tmp_path: Path) -> None:
     """One vocabulary on each rank, then one split over both; rank 0 alone writes."""
     names = "cce-tp-exact,torch-eager,megatron-unfused,megatron-native"
@@ -466,6 +467,7 @@ def test_two_ranks(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.once
 def test_two_ranks_with_half_of_the_tokens_each(tmp_path: Path) -> None:
     names = "cce-tp-exact,cce-tp-paper,megatron-unfused,liger-tp"
     _, found = _two_ranks(tmp_path / "rows.jsonl", names, "--sequence-parallel")
@@ -496,6 +498,7 @@ def teams(rank: Rank, sizes: tuple[int, ...]) -> list[tuple[int, int, int]]:
     return found
 
 
+@pytest.mark.once
 def test_teams_are_blocks_of_ranks(pool: RankPool) -> None:
     for rank, found in enumerate(pool.run(teams, (1, 2, 4), group="world")):
         wanted = [(0, 1, rank), (rank % 2, 2, 1 if rank < 2 else 5), (rank, 4, 6)]

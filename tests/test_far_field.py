@@ -35,6 +35,8 @@ from sharding_cases import check_sharded, shard_of, solve_sharded
 from tolerance import check_outcome, relative_error
 from variants import DEVICE, HAS_CUDA, IMPLS, MAIN_IMPL_DTYPES
 
+pytestmark = pytest.mark.once  # test_hostile and test_megatron_far_field run twice
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {"reduction": "none"},
     "smoothing": {"reduction": "none", "label_smoothing": 0.1, "z_loss": 1e-3},
@@ -306,7 +308,6 @@ def test_any_gradient_alone(impl: str, wanted: tuple[bool, bool, bool]) -> None:
             assert relative_error(got, getattr(whole, name)) < 1e-5
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("impl", IMPLS)
 def test_rows_that_are_the_targets_of_many_tokens(impl: str, accumulate: bool) -> None:
@@ -358,7 +359,6 @@ def test_rows_that_are_the_targets_of_many_tokens(impl: str, accumulate: bool) -
     assert torch.allclose(bias.cpu().double(), sums, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("tiles", [3, 1030])
 def test_numbers_of_kept_tiles(tiles: int) -> None:
     """As the reference has them; more than a block of the kernel, and with a short last tile."""
@@ -446,7 +446,6 @@ def test_a_head_that_says_nothing_yet(impl: str, scale: float) -> None:
     assert float((outcome.grad_input - expected.grad_input).abs().max()) <= 2e-3 * scale
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("heavy", [0.1, 12.0], ids=["fewer-kept", "more-kept"])
 @pytest.mark.parametrize("into", [False, True], ids=["own", "accumulated"])
@@ -624,7 +623,6 @@ WALKS: dict[str, tuple[Walk, ...]] = {
 }
 
 
-@pytest.mark.once
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("name", WALKS)
 def test_each_walk(impl: str, name: str) -> None:

@@ -170,6 +170,7 @@ def _losses(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return [(r["iteration"], r.get("loss", r.get("validation_loss"))) for r in records]
 
 
+@pytest.mark.once
 @pytest.mark.timeout(600)
 def test_fused_equals_stock_and_resume_equals_uninterrupted(folder: Path) -> None:
     options = (*SMALL, f"megatron.data_cache_path={folder / 'data'}")

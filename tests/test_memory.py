@@ -108,7 +108,7 @@ def test_the_tracker_sees_dense_logits() -> None:
 
 @pytest.mark.no_poison
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("mib", [1, 2, 4, 16, None], ids=lambda mib: f"{mib}MiB")
+@pytest.mark.parametrize("mib", [1, 4, None], ids=lambda mib: f"{mib}MiB")
 def test_temporaries_fit_the_cap(dtype: torch.dtype, mib: int | None) -> None:
     """Gradients of 0.5 to 4 MiB, logits of 64 (bf16) to 128 MiB (fp32)."""
     tokens, vocab, hidden = 2048, 16384, 64
@@ -157,7 +157,7 @@ def test_maxima_of_logits_in_dC_count(hidden: int, mib: int | None) -> None:
 
 @pytest.mark.no_poison
 def test_gradients_of_kept_logits_fit_the_cap() -> None:
-    """Of many tokens: one tile's columns of all of them are 4 MiB, and a gradient takes some such."""
+    """Of many tokens: a tile's columns of all of them are 4 MiB, and a gradient takes some such."""
     tokens, vocab, hidden = 4096, 1024, 16
     forward, backward, grads = measure_both(
         tokens,
@@ -184,7 +184,7 @@ def test_gradients_of_kept_logits_fit_the_cap() -> None:
     ],
 )
 def test_options_fit_the_cap_too(options: dict[str, Any]) -> None:
-    tokens, vocab, hidden = 1024, 16384, 64
+    tokens, vocab, hidden = 2048, 16384, 64
     if options.get("reduction") == "none":
         return _check_per_token(tokens, vocab, hidden)
     forward, backward, grads = measure_both(

@@ -11,6 +11,8 @@ import torch.distributed as dist
 
 from ranks import GROUPS, Rank, RankError, RankPool
 
+pytestmark = pytest.mark.once
+
 
 def whoami(rank: Rank) -> tuple[int, int, int]:
     total = torch.tensor([rank.rank + 1.0], device=rank.device)

@@ -52,30 +52,39 @@ def _printed(*more: str) -> tuple[list[str], str]:
     return [" ".join(line) for line in lines], output
 
 
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """What three iterations without fusion print, and their checkpoint."""
+    path = tmp_path_factory.mktemp("stock")
+    printed, _ = _printed(
+        "--ckpt-format", "torch_dist", "--save", str(path), "--save-interval", "3"
+    )
+    return printed, path
+
+
 @needs_training
 @pytest.mark.timeout(500)
-def test_printed_losses_are_the_same_with_and_without_cce(tmp_path: Path) -> None:
+def test_printed_losses_are_the_same_with_and_without_cce(
+    tmp_path: Path, stock: tuple[list[str], Path]
+) -> None:
     """Checks 26, 33, 34, 35: three iterations of Megatron's loop; the alias becomes --cce before
     Megatron sees it. Deterministic mode refuses Megatron's own fusions, and this one not."""
-    stock, _ = _printed()
     save = ["--save", str(tmp_path), "--save-interval", "3", "--ckpt-format", "torch_dist"]
     alias = ["--cross-entropy-fusion-impl", "cce", "--deterministic-mode"]
     fused, output = _printed(*alias, "--cce-strict", *save)
-    assert len(stock) == 3
-    assert fused == stock
+    assert len(stock[0]) == 3
+    assert fused == stock[0]
     assert "6 fused losses, logits materialised 0 times" in output
     assert (tmp_path / "latest_checkpointed_iteration.txt").read_text() == "3"
 
 
 @needs_training
 @pytest.mark.timeout(500)
-def test_context_parallel_and_schedule_plan(tmp_path: Path) -> None:
+def test_context_parallel_and_schedule_plan(stock: tuple[list[str], Path]) -> None:
     """Sequences cut over two ranks; then the experts' communication overlapped, too, and the far
     field's metrics in Megatron's log."""
-    keep = ["--ckpt-format", "torch_dist", "--save", str(tmp_path), "--save-interval", "3"]
-    _printed(*keep)
     # The same weights for both.
-    start = ["--cce", "--cce-strict", "--load", str(tmp_path), "--finetune"]
+    start = ["--cce", "--cce-strict", "--load", str(stock[1]), "--finetune"]
     cut = ["--tensor-model-parallel-size", "1", "--context-parallel-size", "2"]
     whole, _ = _printed(*start)
     parts, output = _printed(*start, *cut)

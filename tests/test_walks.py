@@ -31,6 +31,8 @@ from cce_tp.workspace import (
 from problems import Problem, call, check, same_bits
 from variants import DEVICE, IMPL_DTYPES, LOW_IMPL_DTYPES
 
+pytestmark = pytest.mark.once
+
 MIB = 1 << 20
 # The interpreter's tiles are 32 tokens x 64 rows: several, ragged, each way.
 WALKS: dict[str, tuple[Walk, ...]] = {
@@ -79,7 +81,6 @@ def with_and_without_bias(found: list[Any]) -> list[Any]:
     return both
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "impl", "dtype", "bias"), with_and_without_bias(cases(WALKS, narrow_sums=False))
 )
@@ -93,7 +94,6 @@ def test_each_walk(name: str, impl: str, dtype: torch.dtype, bias: bool) -> None
         check(problem, DEVICE)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 @pytest.mark.parametrize("name", ["tail", "tail-and-borrowed"])
 def test_a_sum_held_in_the_tail(name: str, impl: str, dtype: torch.dtype) -> None:
@@ -106,7 +106,6 @@ def test_a_sum_held_in_the_tail(name: str, impl: str, dtype: torch.dtype) -> Non
         check(problem, DEVICE)
 
 
-@pytest.mark.once
 @pytest.mark.parametrize(
     ("name", "impl", "dtype"),
     cases(sorted(_SUMS_OVER_CHUNKS | {"strips", "borrowed"}), narrow_sums=True),
