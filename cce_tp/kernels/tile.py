@@ -1,4 +1,4 @@
-"""Device helpers that every kernel shares: loading, the one matmul loop, the one logits tile.
+"""Device helpers that every Triton kernel shares: loads, the one matmul loop, the one logits tile.
 
 Legend: N tokens, V vocabulary rows of this launch, D hidden size. A matrix argument is either a
 pointer to a row-major matrix (with its row stride) or a host tensor descriptor of it;
@@ -122,7 +122,7 @@ def dot_tile(
     B_DESCRIPTOR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One fp32 output tile of A B at (a_start, b_start): the only matmul loop of the project.
+    """One fp32 output tile of A B at (a_start, b_start): the only matmul loop but that of `hopper`.
 
     A is (M, K), or stored as (K, M) with A_KM; B is (K, N), or stored as (N, K) with B_NK. With
     WORK_K = 0 the loop runs over all of K; otherwise over `work_count` blocks of WORK_K alone,
