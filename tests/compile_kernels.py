@@ -1,9 +1,10 @@
-"""Compile every Triton kernel for one GPU architecture, without a GPU. Run as a script by a test.
+"""Compile every kernel for one GPU architecture, without a GPU. Run as a script by a test.
 
     python tests/compile_kernels.py 90
     TRITON_DUMP_PTXAS_LOG=1 TRITON_ALWAYS_COMPILE=1 python tests/compile_kernels.py 90 bf16 plain
 
-The second one, of one dtype and set of features, also prints what the assembler says. The library
+The second one, of one dtype and set of features, also prints what the assembler says; "warpgroups"
+after them asks for the kernels of `cce_tp.kernels.hopper` in place of Triton's. The library
 is called as users call it, on CPU tensors; in place of a launch, the kernel is compiled for the
 arguments it was given. Prints one line of JSON per kernel: name, dtype, variant, shared (bytes) or
 error.
@@ -58,15 +59,16 @@ CASES = (
     ("fp32", 256, "everything", 80),
     ("fp32", 256, "far-field", 80),
 )
+TERMS: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 1e-3, "logit_scale": 2.0}
 # Where the same code is built for tiles of the same or another size: every kernel once or so.
 FEWER = {
     86: (("bf16", "everything"), ("bf16", "far-field"), ("fp16", "kept"), ("fp32", "everything")),
 }
 FEWER[89] = FEWER[120] = FEWER[86]
 # Compiled where they are asked for: "everything" has their code in it.
-MORE_CASES = (("bf16", 256, "cap", 80),)
+MORE_CASES = (("bf16", 256, "cap", 80), ("fp16", 256, "terms", 90))
 # Of what may also be made by the kernels of `cce_tp.kernels.hopper`: their dtypes and features.
-WARPGROUPS = (("bf16", "plain"), ("bf16", "far-kept"))
+WARPGROUPS = (("bf16", "plain"), ("bf16", "far-kept"), ("fp16", "terms"))
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -161,6 +163,8 @@ def call(dtype: torch.dtype, hidden: int, features: str) -> None:
         bias = torch.zeros(1024, dtype=dtype, requires_grad=True)
         chosen = cce_tp.GradFilter.far_field()
         options = {**EVERYTHING, "linear_bias": bias, "grad_filter": chosen}
+    if features == "terms":
+        options = TERMS
     if features == "cap":
         options = {"logit_softcap": 30.0}
     if features == "far-kept":
@@ -185,7 +189,8 @@ def main(capability: int) -> None:
 
     cases = [(*case, False) for case in CASES if not ONLY[2:]]
     if capability == 90 and tuning._has_gluon() and len(ONLY) != 2:
-        cases += [(*case, True) for case in CASES if (case[0], case[2]) in WARPGROUPS]
+        more = CASES if ONLY else CASES + MORE_CASES
+        cases += [(*case, True) for case in more if (case[0], case[2]) in WARPGROUPS]
     for name, hidden, features, lowest, warpgroups in cases:
         if capability < lowest or (name, features) not in FEWER.get(capability, [(name, features)]):
             continue

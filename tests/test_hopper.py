@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cce_tp.kernels import backward, forward, tuning
+from cce_tp.kernels import backward, forward, launch, tuning
 from cce_tp.kernels.launch import LogitsForm
 from cce_tp.problem import LocalLogits, LogitGradient
 from cce_tp.stats import StatRows
@@ -96,7 +97,8 @@ def _statistics(logits: LocalLogits, keep_columns: int, masses: bool) -> list[Te
     num_tokens, vocab, _ = logits.shape
     num_tiles = tuning.ceil_div(vocab, 256)
     tiles, merged = forward.empty_tiles(num_tiles, num_tokens, ROWS, logits.input, more=int(masses))
-    tiles.fill_(7.0), merged.fill_(7.0)
+    tiles.fill_(7.0)
+    merged.fill_(7.0)
     ids = torch.randperm(vocab, device="cuda") if masses else None
     keep = None
     if keep_columns:
@@ -111,6 +113,63 @@ def _assert_equal_bits(found: list[Tensor], expected: list[Tensor]) -> None:
     for one, other in zip(found, expected, strict=True):
         whole = {2: torch.int16, 4: torch.int32}[one.itemsize]
         assert torch.equal(one.contiguous().view(whole), other.contiguous().view(whole))
+
+
+def test_only_what_they_can_do_goes_to_them() -> None:
+    """They know no bias, no cap, no statistics and no filter."""
+    input, weight = torch.zeros(8, 16).bfloat16(), torch.zeros(32, 16).bfloat16()
+    target = torch.zeros(8, dtype=torch.int64)
+    plain = LocalLogits(input, weight, None, target, 0, 1.0, None)
+    upstream = LogitGradient(*torch.ones(3, 8), 0.0, 0.0, 32)
+    reached: list[str] = []
+
+    def maker(name: str) -> Any:
+        def make(*arguments: Any) -> Any:
+            reached.append(name)
+            return lambda *tensors: None
+
+        return make
+
+    ours = SimpleNamespace(statistics=maker("hopper"), gradients=maker("hopper"))
+    with (
+        made_by(True),
+        mock.patch.object(tuning, "use_descriptors", lambda *_: True),
+        mock.patch.dict("sys.modules", {"cce_tp.kernels.hopper": ours}),
+        mock.patch("cce_tp.kernels.hopper", ours, create=True),
+        mock.patch.object(forward, "_tile_statistics", maker("triton")),
+        mock.patch.object(backward, "_grad_logits", maker("triton")),
+    ):
+        assert LogitsForm.of(plain).warpgroups
+        assert not LogitsForm.of(plain._replace(bias=torch.zeros(32).bfloat16())).warpgroups
+        assert not LogitsForm.of(plain._replace(logit_softcap=30.0)).warpgroups
+        for rows in (
+            ROWS,
+            *(StatRows(*flags) for flags in torch.eye(3, dtype=torch.bool).tolist()),
+        ):
+            tiles, merged = forward.empty_tiles(1, 8, rows, input)
+            forward.tile_statistics(plain, rows, tiles, merged)
+        assert reached == ["hopper", "triton", "triton", "triton"]
+        for eps in (None, 1e-3):
+            backward.grad_logits(plain, upstream, torch.zeros(32, 8).bfloat16(), eps)
+        assert reached[4:] == ["hopper", "triton"]
+
+
+@gpu
+@hopper
+def test_several_groups_of_token_blocks() -> None:
+    """Of 3, 3 and 2 blocks, of which the last has fewer tokens."""
+    from cce_tp.kernels import hopper as module
+
+    logits = Case(1500, 30000, 256).make()
+    with made_by(False):
+        expected = _statistics(logits, 0, masses=False)
+    launch.forget()  # how many are in a group is worked out once for a size
+    try:
+        with made_by(True), mock.patch.object(module, "_GROUP_BYTES", 192 * 256 * 2 * 3):
+            assert module._group(LogitsForm.of(logits)) == 3
+            _assert_equal_bits(_statistics(logits, 0, masses=False), expected)
+    finally:
+        launch.forget()
 
 
 @gpu

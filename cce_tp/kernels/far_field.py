@@ -900,6 +900,7 @@ def sorted_statistics(
     else:
         free = None
     keeps = 0 if kept is None else kept.columns
+    # About as many rows as are gathered at a time, which decides by what tiles they are multiplied.
     at_once = logits.columns(0, min(max(available // row, tile), vocab))
     token_blocks = LogitsForm.of(at_once).token_blocks
     step = rows_per_gather(available, row, tile, vocab, token_blocks, programs)

@@ -35,7 +35,18 @@ from cce_tp.workspace import blocks, for_buffers
 
 
 @triton.jit
-def masked_tile(x, rows, in_tile, first_col, target_ptr, merged_ptr, N, V, first_id, BLOCK_V):
+def masked_tile(
+    x,
+    rows,
+    in_tile,
+    first_col,
+    target_ptr,
+    merged_ptr,
+    N,
+    V,
+    first_id,
+    BLOCK_V: tl.constexpr,
+):
     """A tile of logits with -inf beyond V, its rows' maxima, and what exponentials are taken below.
 
     Stores the logits of the targets that are in it. rows (tokens,), in_tile (BLOCK_V,): the token
