@@ -42,10 +42,8 @@ def _compile(capability: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
-# Of the others there is one with the same code.
-ONCE = (86, 89, 120)
 CAPABILITIES = [
-    pytest.param(capability, marks=[pytest.mark.once] if capability in ONCE else [])
+    pytest.param(capability, marks=[] if capability == 90 else [pytest.mark.once])
     for capability in SHARED_KIB
 ]
 
