@@ -128,8 +128,12 @@ class Backend(Protocol):
         self, out: Tensor, rows: Tensor, value: Tensor, *, accumulate: bool
     ) -> None: ...
 
+    def subtract_stored(
+        self, remainder: Tensor, column: Tensor, start: int, grad_KN: Tensor
+    ) -> None: ...
+
     def add_target_rows(
-        self, out: Tensor, weight: Tensor, rows: Tensor, factors: Tensor
+        self, out: Tensor, weight: Tensor, target: Tensor, first_id: int, factors: Tensor
     ) -> None: ...
 
     def write_far_rows(
@@ -169,6 +173,7 @@ class _TritonBackend:
         self.far_gradient = far_field.far_gradient
         self.gather_rows = far_field.gather_rows
         self.scatter_rows = far_field.scatter_rows
+        self.subtract_stored = far_field.subtract_stored
         self.add_target_rows = far_field.add_target_rows
         self.write_far_rows = far_field.write_far_rows
 
@@ -194,6 +199,7 @@ class _TorchBackend:
         self.far_gradient = reference.far_gradient
         self.gather_rows = reference.gather_rows
         self.scatter_rows = reference.scatter_rows
+        self.subtract_stored = reference.subtract_stored
         self.add_target_rows = reference.add_target_rows
         self.write_far_rows = reference.write_far_rows
 

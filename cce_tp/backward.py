@@ -332,6 +332,7 @@ class _BackwardPass:
                 part_KN = grad_KN[start:stop]
             self._product(out, part_KN, gathered[: len(part_KN)], None, start > 0)
             del gathered  # before the next ones
+        far.subtract_stored(grad_KN[:run], 0, (0, num_tokens))
         if plan.rest is None:
             self._finish_input(total, (0, num_tokens))
         loan = _Loan(self.backend, grad_weight, far.kept) if plan.held else None
@@ -374,6 +375,7 @@ class _BackwardPass:
             buffer = self._buffer(plan.columns, num_tokens)
         grad_VN = buffer[:, :num_tokens]
         self.backend.grad_logits(logits, self.upstream, grad_VN, None)
+        far.subtract_stored(grad_VN, 0, (0, num_tokens))
         for t0, t1, part in total.parts:
             self._product(part, grad_VN[:, t0:t1], logits.weight, None, True)
         del logits  # gathered rows, before the temporary of dC is made
@@ -528,6 +530,8 @@ class _BackwardPass:
                 strip, logits = self.columns.strip(start, stop)
                 out = self._lent(start, stop) if stop - start > walk.strip else buffer
                 logits, grad_VN, kept = self._gradient(strip, logits, (n0, n1), out)
+                if self.far is not None:
+                    self.far.subtract_stored(grad_VN, start, (n0, n1))
                 self._add_bias(strip, grad_VN)
                 add = start > 0 or self.far is not None  # from a prefix on, `start` is not 0
                 for t0, t1, part in total.parts:

@@ -21,6 +21,7 @@ from cce_tp.far_field import (
     TargetPlan,
     TileMasses,
     mass_dtype,
+    rounds_gradient,
 )
 from cce_tp.filtering import LARGEST_FAR_MASS
 from cce_tp.problem import (
@@ -281,7 +282,19 @@ def plan_targets(
     factor = torch.where(upstream.grad == 0, 0.0, factor)
     is_target = torch.zeros(vocab + 1, dtype=torch.uint8, device=row.device)
     is_target.index_fill_(0, torch.where(row >= 0, row, vocab), 1)
-    return TargetPlan(column, row, tile, factor, is_target[:vocab])
+    remainder = torch.where(far_target, factor, 0.0)
+    if rounds_gradient(logits.input.dtype):
+        alone = logits.columns(0, 1)._replace(target=torch.zeros_like(column), first_id=0)
+        g_N = _gradient_of(far.target_logit[:, None], alone, upstream)[:, 0]
+        remainder = torch.where(kept, g_N * logits.logit_scale * upstream.grad, remainder)
+    return TargetPlan(column, row, tile, factor, is_target[:vocab], remainder)
+
+
+def subtract_stored(remainder: Tensor, column: Tensor, start: int, grad_KN: Tensor) -> None:
+    """As `kernels.far_field.subtract_stored`."""
+    at = column - start
+    tokens = ((at >= 0) & (at < len(grad_KN))).nonzero().view(-1)
+    remainder[tokens] -= grad_KN[at[tokens], tokens].to(remainder.dtype)
 
 
 def _cap_slope(logits: LocalLogits, x_NV: Tensor) -> Tensor:
@@ -411,10 +424,13 @@ def scatter_rows(out: Tensor, rows: Tensor, value: Tensor, *, accumulate: bool) 
     out[rows] = value.to(out.dtype)
 
 
-def add_target_rows(out: Tensor, weight: Tensor, rows: Tensor, factors: Tensor) -> None:
+def add_target_rows(
+    out: Tensor, weight: Tensor, target: Tensor, first_id: int, factors: Tensor
+) -> None:
     """As `kernels.far_field.add_target_rows`."""
-    tokens = (rows >= 0).nonzero().view(-1)
-    out[tokens] += factors[tokens, None] * weight[rows[tokens]].to(out.dtype)
+    row = target - first_id
+    tokens = ((row >= 0) & (row < len(weight)) & (factors != 0)).nonzero().view(-1)
+    out[tokens] += factors[tokens, None] * weight[row[tokens]].to(out.dtype)
 
 
 def write_far_rows(

@@ -340,7 +340,7 @@ def test_rows_that_are_the_targets_of_many_tokens(impl: str, accumulate: bool) -
 
     is_target = torch.zeros(vocab, dtype=torch.uint8).index_fill_(0, row[there], 1)
     tiles = torch.where(there, place // tile, -1)
-    plan = far_field.TargetPlan(row, row, tiles, factor, is_target)
+    plan = far_field.TargetPlan(row, row, tiles, factor, is_target, factor)
     plan = far_field.TargetPlan(*(each.to(DEVICE) for each in plan))
     gradient = far_field.FarGradient(
         tile=tile,
@@ -637,6 +637,29 @@ def test_each_walk(impl: str, name: str) -> None:
     for gradient in ("grad_input", "grad_weight", "grad_bias"):
         got, wanted = getattr(outcome, gradient), getattr(expected, gradient)
         assert relative_error(got, wanted) < tolerance, gradient
+
+
+@pytest.mark.parametrize(("impl", "dtype"), [
+    ("torch", torch.bfloat16), ("triton", torch.bfloat16 if HAS_CUDA else torch.float16),
+])  # fmt: skip
+@pytest.mark.parametrize("name", [*WALKS, *(["kept-logits"] if HAS_CUDA else [])])
+def test_rounding_the_targets_gradient_is_made_good(
+    impl: str, dtype: torch.dtype, name: str
+) -> None:
+    """The error of dE is that of rounding dE, where the exact pass has that of rounding G, too."""
+    operands, options = trained(impl, tokens=60, hidden=96, dtype=dtype), OPTIONS["everything"]
+    expected = dense(operands, options).grad_input
+    assert expected is not None
+    exact = call(operands, {**options, "impl": impl})
+    filtered = {**options, **far(0.0), "impl": impl}
+    walk = {"plan_backward": lambda *_: WALKS[name]}
+    if name == "kept-logits":
+        filtered["keep_logits_in_grad"], walk = True, {}
+    with mock.patch.multiple(backward, pays=mock.Mock(return_value=True), **walk):
+        outcome = call(operands, filtered)
+    rounding = relative_error(expected.to(dtype), expected)
+    assert relative_error(outcome.grad_input, expected) < 1.15 * rounding
+    assert relative_error(exact.grad_input, expected) > 1.3 * rounding
 
 
 def test_rows_of_the_memory_of_dc_that_holds_g_are_written_at_the_end() -> None:

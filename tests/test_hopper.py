@@ -49,6 +49,10 @@ def test_where_they_are_the_faster_ones(tokens: int, vocab: int, faster: bool) -
     assert tuning.warpgroups_pay(tokens, vocab, 132) == faster
 
 
+# What no kernel would write, in 16 bits, too.
+UNWRITTEN = -16384.0
+
+
 class Case(NamedTuple):
     """Sizes of a problem, and what is asked of it."""
 
@@ -97,13 +101,13 @@ def _statistics(logits: LocalLogits, keep_columns: int, masses: bool) -> list[Te
     num_tokens, vocab, _ = logits.shape
     num_tiles = tuning.ceil_div(vocab, 256)
     tiles, merged = forward.empty_tiles(num_tiles, num_tokens, ROWS, logits.input, more=int(masses))
-    tiles.fill_(7.0)
-    merged.fill_(7.0)
+    tiles.fill_(UNWRITTEN)
+    merged.fill_(UNWRITTEN)
     ids = torch.randperm(vocab, device="cuda") if masses else None
     keep = None
     if keep_columns:
         pitch = gradient_pitch(num_tokens)
-        keep = torch.full((keep_columns, pitch), 7.0, dtype=torch.float16, device="cuda")
+        keep = torch.full((keep_columns, pitch), UNWRITTEN, dtype=torch.float16, device="cuda")
         keep = keep[:, :num_tokens]
     forward.tile_statistics(logits, ROWS, tiles, merged, ids=ids, masses=masses, keep=keep)
     return [tiles, merged[2], *([] if keep is None else [keep])]
@@ -181,7 +185,7 @@ def test_statistics_have_the_same_bits(case: Case, keep: int) -> None:
     masses, columns = case.hidden == 256, case.vocab * keep // 2
     with made_by(False):
         expected = _statistics(logits, columns, masses)
-    assert not (expected[0] == 7.0).any()
+    assert not (expected[0] == UNWRITTEN).any()
     for _ in range(3):  # a race would not show every time
         with made_by(True), mock.patch.object(forward, "_tile_statistics", None):
             _assert_equal_bits(_statistics(logits, columns, masses), expected)
@@ -209,13 +213,13 @@ def test_gradients_have_the_same_bits(
     )
 
     def run() -> Tensor:
-        out = torch.full((vocab, pitch), 7.0, dtype=case.dtype, device="cuda")[:, :num_tokens]
+        out = torch.full((vocab, pitch), UNWRITTEN, dtype=case.dtype, device="cuda")[:, :num_tokens]
         backward.grad_logits(logits, upstream, out, None)
         return out
 
     with made_by(False):
         expected = run()
-    assert torch.isfinite(expected).all() and not (expected == 7.0).any()
+    assert torch.isfinite(expected).all() and not (expected == UNWRITTEN).any()
     with made_by(True), mock.patch.object(backward, "_grad_logits", None):
         found = [run() for _ in range(3)]
     _assert_equal_bits([found[0], found[0]], found[1:])

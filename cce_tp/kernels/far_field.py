@@ -23,11 +23,13 @@ from cce_tp.far_field import (
     TargetPlan,
     TileMasses,
     mass_dtype,
+    rounds_gradient,
     row_pitch,
     rows_per_gather,
 )
 from cce_tp.filtering import LARGEST_FAR_MASS
 from cce_tp.kernels import forward, tuning
+from cce_tp.kernels.backward import coefficient_arguments, gradient_of
 from cce_tp.kernels.launch import LogitsForm, launch, matrix_argument
 from cce_tp.kernels.tile import LOG2E, dot_tile
 from cce_tp.kernels.tuning import ceil_div
@@ -232,16 +234,25 @@ def plan_targets_kernel(
     kept_ptr,
     slot_ptr,
     grad_ptr,
+    max_ptr,
+    log_sum_ptr,
     column_ptr,
     row_ptr,
     tile_ptr,
     factor_ptr,
     is_target_ptr,
+    remainder_ptr,
     N,
     first_id,
-    weight,
+    logit_scale,
     logit_softcap,
+    z_loss,
+    onehot_weight,
+    uniform_weight,
+    HAS_SMOOTHING: tl.constexpr,
+    HAS_Z_LOSS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_REMAINDER: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -261,12 +272,41 @@ def plan_targets_kernel(
     tl.store(row_ptr + rows, tl.where(far, row, -1), mask=inside)
     tl.store(tile_ptr + rows, tl.where(here, tile, -1), mask=inside)
     tl.store(is_target_ptr + row, tl.full((BLOCK_N,), 1, dtype=tl.uint8), mask=far)
-    factor = grad * weight
+    x = tl.load(target_logit_ptr + rows, mask=inside, other=0.0)
+    upstream = grad * logit_scale
+    factor = upstream * -onehot_weight
     if HAS_SOFTCAP:
-        capped = tl.load(target_logit_ptr + rows, mask=inside, other=0.0) / logit_softcap
+        capped = x / logit_softcap
         factor *= 1.0 - capped * capped
     # A masked token has gradient exactly 0 even where its logits are not finite.
-    tl.store(factor_ptr + rows, tl.where(grad == 0.0, 0.0, factor), mask=inside)
+    factor = tl.where(grad == 0.0, 0.0, factor)
+    tl.store(factor_ptr + rows, factor, mask=inside)
+    remainder = tl.where(far, factor, 0.0)
+    if HAS_REMAINDER:
+        max_x = tl.load(max_ptr + rows, mask=inside, other=0.0)
+        log_sum = tl.load(log_sum_ptr + rows, mask=inside, other=0.0)
+        # A tile of one column, the target.
+        g = gradient_of(
+            x[:, None], row * 0, grad, upstream, max_x, log_sum, tl.arange(0, 1),
+            logit_softcap, z_loss, onehot_weight, uniform_weight,
+            1, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP,
+        )  # fmt: skip
+        remainder = tl.where(kept, tl.sum(g, axis=1), remainder)
+    tl.store(remainder_ptr + rows, remainder, mask=inside)
+
+
+@triton.jit
+def subtract_stored_kernel(
+    grad_ptr, column_ptr, remainder_ptr, N, V, start, stride_grad, BLOCK_N: tl.constexpr
+):
+    """remainder[n] -= grad[column[n] - start, n] where that is one of grad's V rows."""
+    tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = tokens < N
+    col = tl.load(column_ptr + tokens, mask=inside, other=-1) - start
+    here = inside & (col >= 0) & (col < V)
+    stored = tl.load(grad_ptr + col * stride_grad + tokens, mask=here, other=0.0).to(tl.float32)
+    remainder = tl.load(remainder_ptr + tokens, mask=here, other=0.0)
+    tl.store(remainder_ptr + tokens, remainder - stored, mask=here)
 
 
 @triton.jit
@@ -486,15 +526,25 @@ def scatter_rows_kernel(
             tl.store(out, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_id"])
 def add_target_rows_kernel(
-    out_ptr, weight_ptr, row_ptr, factor_ptr, D, stride_out, stride_weight, BLOCK_D: tl.constexpr
+    out_ptr,
+    weight_ptr,
+    target_ptr,
+    factor_ptr,
+    V,
+    D,
+    first_id,
+    stride_out,
+    stride_weight,
+    BLOCK_D: tl.constexpr,
 ):
-    """out[n] += factor[n] * weight[row[n]] where row[n] is not negative; out is (n, D) fp32."""
+    """out[n] += factor[n] * weight[target[n] - first_id] where the factor is not 0 and the row is
+    one of V; out is (n, D) fp32."""
     token = tl.program_id(0).to(tl.int64)
-    row = tl.load(row_ptr + token)
-    if row >= 0:
-        factor = tl.load(factor_ptr + token)
+    row = tl.load(target_ptr + token) - first_id
+    factor = tl.load(factor_ptr + token)
+    if (row >= 0) & (row < V) & (factor != 0.0):
         for start in range(0, D, BLOCK_D):
             cols = start + tl.arange(0, BLOCK_D)
             inside = cols < D
@@ -798,6 +848,7 @@ def plan_targets(
         made(far.place),
         made(upstream.grad),
         torch.zeros(vocab, dtype=torch.uint8, device=slot.device),
+        made(upstream.grad),
     )
     softcap = logits.logit_softcap
     launch(
@@ -809,21 +860,50 @@ def plan_targets(
         kept_ptr=far.kept,
         slot_ptr=slot,
         grad_ptr=upstream.grad,
+        max_ptr=upstream.max_logit,
+        log_sum_ptr=upstream.log_sum,
         column_ptr=plan.column,
         row_ptr=plan.row,
         tile_ptr=plan.tile,
         factor_ptr=plan.factor,
         is_target_ptr=plan.is_target,
+        remainder_ptr=plan.remainder,
         N=num_tokens,
         first_id=logits.first_id,
-        weight=float(-upstream.onehot_weight * logits.logit_scale),
+        logit_scale=float(logits.logit_scale),
         logit_softcap=1.0 if softcap is None else float(softcap),
         HAS_SOFTCAP=softcap is not None,
+        HAS_REMAINDER=rounds_gradient(logits.input.dtype),
         TILE=tile_rows(logits.input),
         BLOCK_N=_BLOCK_N,
         num_warps=4,
+        **coefficient_arguments(upstream.coefficients),
     )
     return plan
+
+
+def subtract_stored(remainder: Tensor, column: Tensor, start: int, grad_KN: Tensor) -> None:
+    """remainder[n] -= what is stored of the gradient of token n's target.
+
+    Args:
+        remainder: (n,) fp32.
+        column: (n,) int64 the target's place among all columns, or -1.
+        start: the first of these columns.
+        grad_KN: (K, n) their G^T, last dim contiguous.
+    """
+    launch(
+        subtract_stored_kernel,
+        ceil_div(len(column), _BLOCK_N),
+        grad_ptr=grad_KN,
+        column_ptr=column,
+        remainder_ptr=remainder,
+        N=len(column),
+        V=len(grad_KN),
+        start=start,
+        stride_grad=grad_KN.stride(0),
+        BLOCK_N=_BLOCK_N,
+        num_warps=4,
+    )
 
 
 def gather_rows(
@@ -1067,23 +1147,28 @@ def scatter_rows(out: Tensor, rows: Tensor, value: Tensor, *, accumulate: bool) 
     )
 
 
-def add_target_rows(out: Tensor, weight: Tensor, rows: Tensor, factors: Tensor) -> None:
-    """out[n] += factors[n] * weight[rows[n]] where rows[n] is not negative.
+def add_target_rows(
+    out: Tensor, weight: Tensor, target: Tensor, first_id: int, factors: Tensor
+) -> None:
+    """out[n] += factors[n] * weight[target[n] - first_id] where there is such a row.
 
     Args:
         out: (n, D) fp32.
         weight: (V, D).
-        rows: (n,) int64.
-        factors: (n,) fp32.
+        target: (n,) int64.
+        first_id: of the first row.
+        factors: (n,) fp32; where one is 0 nothing is added, whatever the row holds.
     """
     launch(
         add_target_rows_kernel,
         out.shape[0],
         out_ptr=out,
         weight_ptr=weight,
-        row_ptr=rows,
+        target_ptr=target,
         factor_ptr=factors,
+        V=weight.shape[0],
         D=out.shape[1],
+        first_id=first_id,
         stride_out=out.stride(0),
         stride_weight=weight.stride(0),
         BLOCK_D=1024,
