@@ -81,6 +81,7 @@ def _twin(function: Any) -> Any:
 
 
 _grouped_block = _twin(tile.grouped_block)
+_halves = _twin(tile.halves)
 _twin(tile.multiply_add)
 _twin(tile.target_column)
 _twin(tile.exp_below)
@@ -195,13 +196,6 @@ def _skip_product(ring, stage, phase, D, STAGES: gl.constexpr):
         mbarrier.arrive(empty.index(stage))
         stage, phase = _next(stage, phase, STAGES)
     return stage, phase
-
-
-@gluon.jit
-def _halves(x):
-    """The left and the right columns of a tile."""
-    HALF: gl.constexpr = x.shape[1] // 2
-    return x.reshape([x.shape[0], 2, HALF]).permute((0, 2, 1)).split()
 
 
 @gluon.jit

@@ -222,6 +222,13 @@ def scale_and_cap(
 
 
 @triton.jit
+def halves(x):
+    """The left and the right columns of a tile, which stay in the threads that hold them."""
+    HALF: tl.constexpr = x.shape[1] // 2
+    return x.reshape([x.shape[0], 2, HALF]).permute((0, 2, 1)).split()
+
+
+@triton.jit
 def target_column(target_ptr, rows, N, first_id, V):
     """int32 column of each token's target in this launch; -1 where it is not here, or no id."""
     target = tl.load(target_ptr + rows, mask=rows < N, other=-1)
