@@ -15,11 +15,11 @@ if not torch.cuda.is_available():
 os.environ.pop("CCE_TP_DEBUG", None)
 
 import ranks
-from interpreter import patch_once
+from interpreter import patch_all
 from poison import poisoned_empty
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    patch_once()
+    patch_all()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -125,11 +125,11 @@ def _worker(worker: int, folder: str, pipe: Connection, device: str) -> None:
         world_size=WORKERS,
         timeout=timedelta(seconds=600),
     )
-    from interpreter import patch_once
+    from interpreter import patch_all
     from poison import poisoned_empty
 
     if os.environ.get("TRITON_INTERPRET") == "1":
-        patch_once()
+        patch_all()
     groups = {name: _new_group(ids) for name, ids in GROUPS.items() if name != "world"}
     groups["world"] = dist.group.WORLD
     pipe.send_bytes(b"ready")

@@ -1,7 +1,9 @@
-"""The shortcut through Triton's interpreter leaves what kernels compute as it is."""
+"""The shortcuts through Triton's interpreter leave what kernels compute as it is."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -13,6 +15,25 @@ from problems import Problem, same_bits, solve
 from variants import HAS_CUDA
 
 pytestmark = pytest.mark.skipif(HAS_CUDA, reason="kernels are compiled, not interpreted")
+
+
+def others() -> list[tuple[Any, str, Any]]:
+    """The stock of the other shortcuts: owner, name, value."""
+    import triton.language as tl
+    from triton.runtime import interpreter as tritons
+
+    builder: Any = tritons.interpreter_builder
+    assert builder.options.sanitize_overflow is False
+    found: list[tuple[Any, str, Any]] = [
+        (builder, "options", replace(builder.options, sanitize_overflow=True))
+    ]
+    for owner, name in (
+        (tritons, "_get_np_dtype"),
+        (tl.tensor, "__init__"),
+        (tl.block_type, "__init__"),
+    ):
+        found.append((owner, name, getattr(owner, name).stock))
+    return found
 
 
 def test_kernels_give_the_bits_that_they_give_without_it() -> None:
@@ -34,7 +55,10 @@ def test_kernels_give_the_bits_that_they_give_without_it() -> None:
     outcomes = []
     for patch_lang in (lambda function: count(stock, function), searched):
         searches.append(0)
-        with mock.patch.object(tritons, "_patch_lang", patch_lang):
+        with ExitStack() as stack, mock.patch.object(tritons, "_patch_lang", patch_lang):
+            if patch_lang is not searched:
+                for owner, name, value in others():
+                    stack.enter_context(mock.patch.object(owner, name, value))
             outcomes.append(solve(problem))
     for name in ("loss", "grad_input", "grad_weight", "grad_bias"):
         assert same_bits(*(getattr(outcome, name) for outcome in outcomes)), name
