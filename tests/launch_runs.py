@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,17 @@ def pretrain(run_dir: Path, *overrides: str, ranks: int = 2) -> list[dict[str, A
     """launch.pretrain with the tiny configuration; returns the records of metrics.jsonl."""
     config = str(ROOT / "configs" / "tiny_cpu.yaml")
     torchrun(ranks, "-m", "launch.pretrain", "--config", config, f"run_dir={run_dir}", *overrides)
+    return metrics(run_dir)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def main(folder: str) -> None:
-    """Under torchrun: train every configuration at reduced size; writes {name: answer} as JSON.
+def main(folder: str, *overrides: str) -> None:
+    """Under torchrun: train every configuration at reduced size, or with overrides the tiny one
+    with Megatron's loss and with the fused one; writes {name: answer} as JSON.
 
     Answers are lists of losses, or the text of an error.
     """
@@ -80,7 +87,8 @@ def main(folder: str) -> None:
     from megatron_models import experts_on_cpu
 
     answers: dict[str, Any] = {}
-    for name, run in _runs(Path(folder)).items():
+    runs = _tiny_runs(Path(folder), overrides) if overrides else _runs(Path(folder))
+    for name, run in runs.items():
         model.start_distributed(run)
         for variable in [name for name in os.environ if name.startswith("NVTE_")]:
             del os.environ[variable]  # set by the model before, from its attention backend
@@ -92,11 +100,27 @@ def main(folder: str) -> None:
             answers[name] = str(error)
             continue
         if dist.get_rank() == 0:
-            lines = (Path(run.run_dir) / "metrics.jsonl").read_text().splitlines()
-            answers[name] = [r["loss"] for r in map(json.loads, lines) if "loss" in r]
+            answers[name] = [r["loss"] for r in metrics(Path(run.run_dir)) if "loss" in r]
     if dist.get_rank() == 0:
         (Path(folder) / "answers.json").write_text(json.dumps(answers))
     dist.destroy_process_group()
+
+
+def _tiny_runs(folder: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Settings by name; the last one is cut off after three steps."""
+    from launch.training import settings
+
+    more = {
+        "stock": "cce.loss=stock",
+        "fused": "cce.strict=true",
+        "again": "megatron.exit_interval=3",
+    }
+    return {
+        name: settings.load(
+            ROOT / "configs" / "tiny_cpu.yaml", [*overrides, f"run_dir={folder / name}", each]
+        )
+        for name, each in more.items()
+    }
 
 
 def _runs(folder: Path) -> dict[str, Any]:
@@ -143,4 +167,4 @@ def _runs(folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

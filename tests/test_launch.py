@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
+import launch_runs
 from cce_tp import GradFilter
 from launch import pretrain as entry
 from launch.training import checkpoint, settings, text
 from launch.training.report import draw
-from launch_runs import CONFIGS, ROOT, pretrain, torchrun
+from launch_runs import CONFIGS, ROOT, metrics, pretrain, torchrun
 from megatron_integration import CceConfig
 
 pytestmark = pytest.mark.no_poison
 TINY = ROOT / "configs" / "tiny_cpu.yaml"
+RUNS = launch_runs.__file__
 # Small enough for a test, with all that a step has: dropout draws from the generators.
 SMALL = (
     "megatron.vocab_size=600",
@@ -174,13 +176,12 @@ def _losses(records: list[dict[str, Any]]) -> list[tuple[int, float]]:
 @pytest.mark.timeout(600)
 def test_fused_equals_stock_and_resume_equals_uninterrupted(folder: Path) -> None:
     options = (*SMALL, f"megatron.data_cache_path={folder / 'data'}")
-    stock = _losses(pretrain(folder / "stock", *options, "cce.loss=stock"))
-    fused = _losses(pretrain(folder / "fused", *options, "cce.strict=true"))
+    torchrun(2, RUNS, str(folder), *options)
+    stock, fused = (_losses(metrics(folder / name)) for name in ("stock", "fused"))
     assert [step for step, _ in fused] == [1, 2, 3, 3, 4, 5, 6, 6]
     for got, want in zip(fused, stock, strict=True):
         assert got == pytest.approx(want, abs=1e-5)
 
-    pretrain(folder / "again", *options, "megatron.exit_interval=3")
     checkpoints = folder / "again" / "checkpoints"
     assert checkpoint.latest(checkpoints) == 3
     checkpoint.folder_of(checkpoints, 5).mkdir()  # as a save that was cut off leaves it
@@ -201,7 +202,7 @@ def test_fused_equals_stock_and_resume_equals_uninterrupted(folder: Path) -> Non
 def test_every_configuration_trains_at_reduced_size(folder: Path) -> None:
     out = folder / "reduced"
     out.mkdir()
-    torchrun(4, str(Path(__file__).with_name("launch_runs.py")), str(out), timeout_s=400)
+    torchrun(4, RUNS, str(out), timeout_s=400)
     answers = json.loads((out / "answers.json").read_text())
     assert "expected a finite number" in answers["nan"]
     assert "at iteration 1 on rank" in answers.pop("nan")
