@@ -258,6 +258,7 @@ def test_mpirun_trains(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "summary.json").exists()
 
 
+@pytest.mark.once
 @pytest.mark.timeout(300)
 def test_sharded_loss_under_mpirun() -> None:
     """A part of the suite; for all of it: mpirun -n 4 python tests/mpi_suite.py FILES."""
