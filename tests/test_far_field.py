@@ -457,8 +457,8 @@ def test_columns_taken_before_their_number_is_known(impl: str, heavy: float, int
     # The last ones among them.
     ids = torch.cat([torch.randperm(vocab, generator=random)[:rows], vocab - 1 - torch.arange(9)])
     weight[ids] += 2 + 0.3 * torch.randn(len(ids), 24, generator=random)
-    input = 0.5 + 0.2 * torch.randn(70, 24, generator=random)
-    target = torch.randint(0, vocab, (70,), generator=random).to(DEVICE)
+    input = 0.5 + 0.2 * torch.randn(40, 24, generator=random)
+    target = torch.randint(0, vocab, (40,), generator=random).to(DEVICE)
 
     def gradients() -> tuple[Tensor, Tensor, float]:
         leaves = [each.to(DEVICE).requires_grad_() for each in (input, weight)]

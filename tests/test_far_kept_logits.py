@@ -74,7 +74,7 @@ def trained(
     *,
     tiles: int = 24,
     more: int = 0,
-    tokens: int = 70,
+    tokens: int = 40,
     hidden: int = 48,
     steep: float = 4.0,
     device: str = DEVICE,
