@@ -267,10 +267,11 @@ class Series:
         for name, fault in faults.items():
             with at(3, 1, fault):
                 self.train(f"{name}, stop")
+        unsaved = ("megatron.save=null", "megatron.save_interval=null")
         with at(3, 1, faults["nan"]):
-            self.train("nan, skip", skip)
+            self.train("nan, skip", skip, *unsaved)
         never = "megatron.layernorm_epsilon=.nan"
-        self.train("always", never, skip, "megatron.train_iters=20")
+        self.train("always", never, skip, "megatron.train_iters=20", *unsaved)
 
     def _disagreement(self) -> None:
         for name, override in (
