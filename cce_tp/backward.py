@@ -354,7 +354,7 @@ class _BackwardPass:
 
     def _head_start(self, far: FarBackward, workspace_bytes: int) -> _Head | None:
         """Take the first columns before their number is known, so that the device has work while
-        the host waits for that number; if they turn out to be fewer, the others are zero rows."""
+        the host waits for that number; if they turn out to be fewer, G of the others is 0."""
         grad_input, grad_weight = self.sinks.input, self.sinks.weight
         if grad_input is None or grad_weight is None or self.sinks.bias is not None:
             return None
@@ -366,9 +366,10 @@ class _BackwardPass:
         total = InputSum(grad_input, self.sum_dtype, in_place=False, borrow=plan.borrow)
         for t0, t1, part in total.parts:
             far.start_input(part, (t0, t1))
-        rows = far.kept.rows[: plan.columns]
+        rows, bias = far.kept.rows[: plan.columns], self.logits.bias
         logits = self.logits._replace(
             weight=self.backend.gather_rows(self.logits.weight, rows),
+            bias=None if bias is None else bias.index_select(0, rows.clamp(min=0)),
             target=far.column,
             first_id=0,
         )
@@ -378,6 +379,8 @@ class _BackwardPass:
             buffer = self._buffer(plan.columns, num_tokens)
         grad_VN = buffer[:, :num_tokens]
         self.backend.grad_logits(logits, self.upstream, grad_VN, None)
+        # Not G of a row of zeros, which is infinite where all logits are far below 0.
+        grad_VN.masked_fill_((rows < 0)[:, None], 0.0)
         far.subtract_stored(grad_VN, 0, (0, num_tokens))
         for t0, t1, part in total.parts:
             self._product(part, grad_VN[:, t0:t1], logits.weight, None, True)

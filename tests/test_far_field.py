@@ -448,9 +448,10 @@ def test_a_head_that_says_nothing_yet(impl: str, scale: float) -> None:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("heavy", [0.1, 12.0], ids=["fewer-kept", "more-kept"])
-@pytest.mark.parametrize("into", [False, True], ids=["own", "accumulated"])
-def test_columns_taken_before_their_number_is_known(impl: str, heavy: float, into: bool) -> None:
-    """As without them, be the kept rows fewer or more; also those in rows of dC that are lent."""
+@pytest.mark.parametrize("case", ["biased", "accumulated", "far-below-0"])
+def test_columns_taken_before_their_number_is_known(impl: str, heavy: float, case: str) -> None:
+    """As without them, be the kept rows fewer or more; also those in rows of dC that are lent, with
+    a bias that takes no gradient, and where a logit of 0 would have an infinite probability."""
     tile = backend(impl).tile_rows(torch.empty(0, device=DEVICE))
     vocab, rows, random = 64 * tile, int(heavy * tile), torch.Generator().manual_seed(1)
     weight = 0.1 * torch.randn(vocab, 24, generator=random)
@@ -459,13 +460,20 @@ def test_columns_taken_before_their_number_is_known(impl: str, heavy: float, int
     weight[ids] += 2 + 0.3 * torch.randn(len(ids), 24, generator=random)
     input = 0.5 + 0.2 * torch.randn(40, 24, generator=random)
     target = torch.randint(0, vocab, (40,), generator=random).to(DEVICE)
+    into = case == "accumulated"
+    bias = None
+    if case == "biased":
+        bias = (0.3 * torch.randn(vocab, generator=random)).to(DEVICE)
+    if case == "far-below-0":
+        input[:, 0], weight[:, 0] = 1.0, -300.0
 
     def gradients() -> tuple[Tensor, Tensor, float]:
-        leaves = [each.to(DEVICE).requires_grad_() for each in (input, weight)]
+        leaves = [each.clone().to(DEVICE).requires_grad_() for each in (input, weight)]
         out = torch.ones(vocab, 24, device=DEVICE) if into else None
         loss, stats = cce_tp.linear_cross_entropy(
-            *leaves, target, impl=impl, return_stats=True, grad_weight_out=out, **far(0.3)
-        )
+            *leaves, target, linear_bias=bias, impl=impl, return_stats=True, grad_weight_out=out,
+            **far(0.3),
+        )  # fmt: skip
         loss.backward()
         dE, dC = (each.grad for each in leaves)
         assert dE is not None and stats.tiles_kept is not None
@@ -473,7 +481,9 @@ def test_columns_taken_before_their_number_is_known(impl: str, heavy: float, int
         assert made is not None
         return dE, made, float(stats.tiles_kept) * 64 * tile
 
-    with mock.patch.object(backward, "plan_head", wraps=backward.plan_head) as plan:
+    # The exact pass would write over what was taken.
+    exact = mock.patch.object(backward._BackwardPass, "_walk_all", side_effect=AssertionError)
+    with mock.patch.object(backward, "plan_head", wraps=backward.plan_head) as plan, exact:
         taken = gradients()
     # plan_head is a cached function: asked once more, it answers the same.
     head = backward.plan_head(*plan.call_args.args)
