@@ -53,9 +53,10 @@ from cce_tp.workspace import (
 )
 
 # dC of a wide strip is taken in pieces of this many rows, or twice as many where a piece has fewer
-# than 2^37 multiplications. Tiles of the library's products then fill whole waves of 132
-# multiprocessors. Measured on an H200 for N of 8192 and D of 2304, 4096 and 8192: 2.6% to 3.5% less
-# time than with 8192 rows; other sizes from 6144 to 21248 take -1% to 5% more.
+# than 2^37 multiplications. Measured on an H200 for N of 8192, against pieces of 8192 rows: twice
+# as many 2.9% less time at D 2304, this many 2.6% and 3.5% less at D 4096 and 8192, where 33 tiles
+# of 128 rows fill whole waves of 132 multiprocessors; other sizes from 6144 to 21248 take from 3%
+# less (11264 at D 2304) to 6% more.
 _WEIGHT_ROWS = 4224
 # Where dC is made in a temporary before it is stored, pieces are of this many bytes, or an eighth
 # of the workspace: they stay in the L2 cache, and make one tile of a product for each

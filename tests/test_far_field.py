@@ -672,6 +672,25 @@ def test_rounding_the_targets_gradient_is_made_good(
     assert relative_error(exact.grad_input, expected) > 1.3 * rounding
 
 
+@pytest.mark.parametrize(("impl", "dtype"), [
+    ("torch", torch.bfloat16), ("triton", torch.bfloat16 if HAS_CUDA else torch.float16),
+])  # fmt: skip
+def test_a_masked_token_has_no_remainder(impl: str, dtype: torch.dtype) -> None:
+    """Its gradient is exactly 0 whatever its hidden state is, and so is what is made good."""
+    operands = trained(impl, tokens=60, hidden=96, dtype=dtype)
+    masked = operands.target == -100
+    assert bool(masked.any())
+    operands.target[masked] = ignored = int(operands.target[~masked][0])
+    operands.input[masked] = torch.nan
+    options: dict[str, Any] = {"ignore_index": ignored, "reduction": "none", "impl": impl}
+    with mock.patch.object(backward, "pays", return_value=True) as pays:
+        outcome = call(operands, {**options, **far(0.0)})
+    assert pays.called and outcome.grad_input is not None
+    masked = operands.target == ignored
+    assert bool((outcome.grad_input[masked] == 0).all())
+    assert bool(outcome.grad_input[~masked].isfinite().all())
+
+
 def test_rows_of_the_memory_of_dc_that_holds_g_are_written_at_the_end() -> None:
     """Some kept rows lie in the loan: without holding them back they would be overwritten."""
     operands = trained("torch", tokens=60, hidden=96)
