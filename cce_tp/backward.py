@@ -317,13 +317,11 @@ class _BackwardPass:
             return False
         if known < run:
             # In the place of G^T of rows that are not kept.
-            rows, bias = far.kept.rows[known:run], self.logits.bias
-            logits = self.logits._replace(
-                weight=gathered[num_tiles + known : num_tiles + run],
-                bias=None if bias is None else bias.index_select(0, rows),
-                target=far.column,
-                first_id=known,
-            )
+            rows, column = far.kept.rows[known:run], far.column
+            # No name for the gathered rows: they are let go below.
+            logits = self.logits.gathered(
+                rows, column, gathered[num_tiles + known : num_tiles + run]
+            )._replace(first_id=known)
             self.backend.grad_logits(logits, self.upstream, grad_KN[known:run], None)
         self._add_bias(_Strip(0, run, far.kept.rows[:run]), grad_KN[:run])
         del logits
@@ -367,12 +365,9 @@ class _BackwardPass:
         total = InputSum(grad_input, self.sum_dtype, in_place=False, borrow=plan.borrow)
         for t0, t1, part in total.parts:
             far.start_input(part, (t0, t1))
-        rows, bias = far.kept.rows[: plan.columns], self.logits.bias
-        logits = self.logits._replace(
-            weight=self.backend.gather_rows(self.logits.weight, rows),
-            bias=None if bias is None else bias.index_select(0, rows.clamp(min=0)),
-            target=far.column,
-            first_id=0,
+        rows = far.kept.rows[: plan.columns]
+        logits = self.logits.gathered(
+            rows, far.column, self.backend.gather_rows(self.logits.weight, rows)
         )
         if sizes.loan_columns > 0:
             buffer = self._late_rows(plan.columns)

@@ -73,17 +73,23 @@ class LocalLogits(NamedTuple):
         first_id = self.first_id + start
         return self._replace(weight=self.weight[start:stop], bias=bias, first_id=first_id)
 
-    def gathered(self, rows: Tensor, column_of_target: Tensor) -> LocalLogits:
+    def gathered(
+        self, rows: Tensor, column_of_target: Tensor, weight: Tensor | None = None
+    ) -> LocalLogits:
         """The same logits with only the given local rows, in the given order (copies those rows).
 
         Args:
-            rows: (R,) int64 local row numbers.
+            rows: (R,) int64 local row numbers; with `weight` -1 for one that does not matter.
             column_of_target: (N,) int64 column of each token's target in the new order; others
                 outside [0, R).
+            weight: (R, D) these rows, if they are gathered already.
         """
+        bias = self.bias
+        if bias is not None:
+            bias = bias.index_select(0, rows if weight is None else rows.clamp(min=0))
         return self._replace(
-            weight=self.weight.index_select(0, rows),
-            bias=None if self.bias is None else self.bias.index_select(0, rows),
+            weight=self.weight.index_select(0, rows) if weight is None else weight,
+            bias=bias,
             target=column_of_target,
             first_id=0,
         )
