@@ -66,7 +66,7 @@ FEW = (
     ("fp32", "everything"),
 )
 # On Hopper: the speed of the exact path stands on these.
-LOGGED = (("bf16", "plain"), ("bf16", "cap"))
+LOGGED = (("bf16", "plain"), ("bf16", "cap"), ("bf16", "far-field"))
 LOG = {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_ALWAYS_COMPILE": "1"}
 # What may also be made by the kernels of `cce_tp.kernels.hopper`; the last has code of its own.
 WARPGROUPS = (("bf16", 256, "plain"), ("bf16", 256, "far-kept"), ("fp16", 256, "terms"))

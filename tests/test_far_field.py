@@ -377,6 +377,26 @@ def test_numbers_of_kept_tiles(tiles: int) -> None:
 
 
 @pytest.mark.no_poison
+@pytest.mark.parametrize("budget", [0.0, 0.3], ids=["exact-in-the-end", "walked"])
+def test_the_host_waits_once(budget: float) -> None:
+    """For the number of kept tiles; on a GPU nothing else synchronises."""
+    operands = trained("triton")
+    options = {**OPTIONS["everything"], **far(budget), "impl": "triton"}
+    call(operands, options)  # compiled
+    copy = far_field._HostCopy
+    with mock.patch.object(copy, "wait", autospec=True, side_effect=copy.wait) as wait:
+        if HAS_CUDA:
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            call(operands, options)
+        finally:
+            if HAS_CUDA:
+                torch.cuda.set_sync_debug_mode("default")
+    assert wait.call_count == 1
+
+
+@pytest.mark.no_poison
 @pytest.mark.parametrize("impl", IMPLS)
 def test_two_runs_give_equal_bits(impl: str) -> None:
     operands = trained(impl)
