@@ -158,6 +158,7 @@ def test_arguments_of_different_machine_code_have_different_kinds() -> None:
     """What Triton specialises on must not share a compiled kernel."""
     aligned = torch.empty(64, dtype=torch.float32)
     values = [1, 0, 16, 3, 2**31, 2**31 + 1, 1.0, None, aligned, aligned[1:], aligned.half()]
-    kinds = launch._kinds(values)
+    kinds, plain = launch._kinds(values)
     # 0 and 16 are both divisible by 16; all others differ, also as keys of a dictionary.
     assert kinds[1] == kinds[2] and len(set(kinds)) == len(values) - 1
+    assert plain[:8] == values[:8] and plain[8:] == [each.data_ptr() for each in values[8:]]

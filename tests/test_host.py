@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import cce_tp
@@ -136,15 +137,35 @@ def test_settings_are_read_at_every_call() -> None:
 
 
 class _Compiled:
-    """In place of a compiled kernel: remembers the arguments of its launches."""
+    """In place of a compiled kernel: remembers the arguments of its launches, with Triton's hooks
+    and without."""
+
+    function, packed_metadata = 12, (4, 1, 0)
 
     def __init__(self) -> None:
         self.launches: list[tuple[Any, ...]] = []
+        self.hooked: list[tuple[Any, ...]] = []
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        return lambda *arguments: self.launches.append((grid, *arguments))
+        return lambda *arguments: self.hooked.append((grid, *arguments))
+
+    def run(self, *arguments: Any) -> None:
+        assert arguments[3:9] == (7, self.function, self.packed_metadata, None, None, None)
+        self.launches.append((arguments[:3], *arguments[9:]))
 
 
+@pytest.fixture
+def stream() -> Iterator[None]:
+    """Stream number 7, where there is no GPU either."""
+    active = SimpleNamespace(get_current_stream=lambda device: 7 if device == 3 else None)
+    with (
+        mock.patch.object(launch, "driver", SimpleNamespace(active=active)),
+        mock.patch.object(torch.cuda, "current_device", lambda: 3),
+    ):
+        yield
+
+
+@pytest.mark.usefixtures("stream")
 def test_a_prepared_launch_passes_its_own_tensors_and_keeps_none() -> None:
     kernel = SimpleNamespace(arg_names=["matrix", "bias_ptr", "out_ptr", "N", "BLOCK"])
     run = Prepared(kernel, 7, N=32, BLOCK=16, num_warps=4, blocks={"matrix": (16, 8)})
@@ -169,7 +190,7 @@ def test_a_prepared_launch_passes_its_own_tensors_and_keeps_none() -> None:
 
     ((grid, descriptor, bias, out, *fixed),) = compiled.launches
     assert grid == (7, 1, 1) and bias is None and fixed == [32, 16]
-    assert out.data_ptr() == memory[3].data_ptr()
+    assert out == memory[3].data_ptr() and not compiled.hooked
     checked = TensorDescriptor(memory[2], [32, 64], [64, 1], [16, 8])
     assert vars(descriptor).keys() == vars(checked).keys()
     for name, value in vars(checked).items():
@@ -179,9 +200,24 @@ def test_a_prepared_launch_passes_its_own_tensors_and_keeps_none() -> None:
 
     alive = weakref.ref(memory)
     first_launches.clear(), compiled.launches.clear()
-    del memory, out, checked, descriptor
+    del memory, checked, descriptor
     gc.collect()
     assert alive() is None
+
+
+@pytest.mark.usefixtures("stream")
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_who_listens_to_launches_hears_of_them(name: str) -> None:
+    compiled, hook = _Compiled(), getattr(knobs.runtime, name)
+    launch._start(compiled, 5, [1, 2])
+    hook.add(print)
+    try:
+        launch._start(compiled, 5, [3, 4])
+    finally:
+        hook.remove(print)
+    launch._start(compiled, 5, [5, 6])
+    assert compiled.launches == [((5, 1, 1), 1, 2), ((5, 1, 1), 5, 6)]
+    assert compiled.hooked == [((5, 1, 1), 3, 4)]
 
 
 def test_forgetting_makes_launches_anew() -> None:

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from cce_tp.kernels import tuning
@@ -43,13 +45,15 @@ def _picker(names: list[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
     return lambda arguments: tuple(arguments[name] for name in names)
 
 
-def _kinds(values: Iterable[Any]) -> list[Any]:
-    """What Triton specialises a kernel on, of arguments: equal kinds, equal machine code.
+def _kinds(values: Iterable[Any]) -> tuple[list[Any], list[Any]]:
+    """What Triton specialises a kernel on, of arguments: equal kinds, equal machine code; and the
+    arguments with addresses in place of tensors.
 
     Of an integer it is whether it is 1, divisible by 16, or beyond 32 bits; of a pointer its dtype
     and whether it is aligned.
     """
     kinds: list[Any] = []
+    plain: list[Any] = []
     add = kinds.append
     for value in values:
         cls = value.__class__
@@ -63,8 +67,28 @@ def _kinds(values: Iterable[Any]) -> list[Any]:
             base = value.base
             add((base.dtype, base.get_device(), *value.block_shape))
         else:
-            add((value.dtype, value.get_device(), value.data_ptr() & 15))
-    return kinds
+            address = value.data_ptr()
+            add((value.dtype, value.get_device(), address & 15))
+            value = address
+        plain.append(value)
+    return kinds, plain
+
+
+def _start(compiled: Any, grid: int, arguments: Iterable[Any]) -> None:
+    """compiled[(grid, 1, 1)](*arguments) on the current device and stream.
+
+    Triton calls its hooks before and after, with a description of the launch, and asks the driver
+    about every tensor: half of the time that a launch takes. Where nobody listens it goes without
+    the hooks; tensors come as addresses."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # Chains of hooks, empty unless somebody listens; None or one hook in Triton 3.4.
+    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
+        compiled[(grid, 1, 1)](*arguments)
+        return
+    stream = driver.active.get_current_stream(torch.cuda.current_device())
+    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+    run(grid, 1, 1, stream, function, packed, None, None, None, *arguments)
 
 
 def launch(kernel: Any, grid: int, *, num_warps: int, num_stages: int = 3, **arguments: Any) -> Any:
@@ -84,10 +108,11 @@ def launch(kernel: Any, grid: int, *, num_warps: int, num_stages: int = 3, **arg
     """
     pick_others, pick_constants = _in_order.get(kernel.fn) or _take_apart(kernel)
     others, constants = pick_others(arguments), pick_constants(arguments)
-    key = (kernel.fn, num_warps, num_stages, *constants, *_kinds(others))
+    kinds, plain = _kinds(others)
+    key = (kernel.fn, num_warps, num_stages, *constants, *kinds)
     compiled = _compiled.get(key)
     if compiled is not None:
-        compiled[(grid, 1, 1)](*others, *constants)
+        _start(compiled, grid, (*plain, *constants))
         return compiled
     made = kernel[(grid,)](*others, *constants, num_warps=num_warps, num_stages=num_stages)
     if made is not None:
@@ -137,20 +162,21 @@ class Prepared:
 
     def __call__(self, first: Tensor, *others: Tensor | None) -> None:
         """Launch, with the kernel's tensors in their order."""
-        arguments: list[Any] = [first, *others]
-        aligned = [None if each is None else each.data_ptr() & 15 for each in arguments]
+        tensors = (first, *others)
+        arguments: list[Any] = [None if each is None else each.data_ptr() for each in tensors]
+        aligned = [None if each is None else each & 15 for each in arguments]
         key = (first.get_device(), *aligned)
         known = self._known.get(key)
         if known is None:
-            self._first_launch(key, arguments)
+            self._first_launch(key, [*tensors])
             return
         compiled, descriptors = known
         for place, kind, fields in descriptors:
             # The constructor would check again what holds for this shape and alignment.
             descriptor = object.__new__(kind)
-            vars(descriptor).update(fields, base=arguments[place])
+            vars(descriptor).update(fields, base=tensors[place])
             arguments[place] = descriptor
-        compiled[(self._grid, 1, 1)](*arguments, *self._fixed)
+        _start(compiled, self._grid, (*arguments, *self._fixed))
 
     def _first_launch(self, key: tuple[Any, ...], arguments: list[Any]) -> None:
         descriptors = []

@@ -91,6 +91,7 @@ def ceil_div(size: int, step: int) -> int:
     return -(-size // step)
 
 
+@functools.cache
 def is_interpreted() -> bool:
     """Whether Triton runs kernels in its CPU interpreter (fixed when Triton is imported)."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
