@@ -169,7 +169,7 @@ def test_several_groups_of_token_blocks() -> None:
         expected = _statistics(logits, 0, masses=False)
     launch.forget()  # how many are in a group is worked out once for a size
     try:
-        with made_by(True), mock.patch.object(module, "_GROUP_BYTES", 192 * 256 * 2 * 3):
+        with made_by(True), mock.patch.object(module, "_GROUP_BLOCKS", 3):
             assert module._group(LogitsForm.of(logits)) == 3
             _assert_equal_bits(_statistics(logits, 0, masses=False), expected)
     finally:

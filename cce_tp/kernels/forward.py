@@ -441,8 +441,8 @@ def _merge_tiles(
         T=num_tiles,
         **_flags(rows, tile_rows),
         BLOCK_N=block_n,
-        BLOCK_T=64,
-        num_warps=4,
+        BLOCK_T=256,  # 64 with 4 warps: 36 microseconds for 1000 tiles and not 27, on an H200
+        num_warps=8,
     )
 
 

@@ -54,10 +54,13 @@ _STORED_COLUMNS = 32
 _REGISTERS = 160
 _LOADER_REGISTERS = 24
 
-# Hidden states that sweep the vocabulary together. On an H100, forward pass: D 1536 and 2304 all 43
-# blocks of 8192 tokens (24 and 36 MiB) 1.021 and 1.014, 32 of them 1.030 and 1.023; D 4096 the same
-# from 8 to 22.
-_GROUP_BYTES = 38 << 20
+# Blocks of tokens that sweep the vocabulary together, about. The fewer, the fewer operands are on
+# their way through the L2 cache at once, and the more often the classifier comes from memory.
+# Forward pass, 8192 tokens, with 43, 22, 11, 8, 5, 4 blocks, on an H200: D 2304 1.019 to 1.024 with
+# 11 or more, then 1.020, 1.017, 1.013; D 4096 -, 1.017, 1.013, 1.010, 1.011, 1.009; D 8192 -, -,
+# 1.010, 1.004, 1.003, 1.002. On an H100: D 2304 1.016, -, 1.021, 1.021, 1.019, 1.018; D 4096 -,
+# 1.018, 1.013, 1.018, 1.017, 1.016; D 8192 -, -, 1.009, 1.016, 1.016, 1.018.
+_GROUP_BLOCKS = 4
 
 # Where the warps of a warpgroup hold their sums.
 _HALF_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _HALF_V, 16]))
@@ -475,11 +478,9 @@ def descriptor(
 
 
 def _group(form: LogitsForm) -> int:
-    """Token blocks that sweep the vocabulary together: as many as share the L2 cache, in groups of
-    about equal size."""
-    blocks = form.token_blocks
-    groups = ceil_div(blocks * HOPPER_TOKENS * form.shape[2] * 2, _GROUP_BYTES)
-    return ceil_div(blocks, groups)
+    """Token blocks that sweep the vocabulary together, in groups of about equal size."""
+    groups = max(1, round(form.token_blocks / _GROUP_BLOCKS))
+    return ceil_div(form.token_blocks, groups)
 
 
 @prepared
