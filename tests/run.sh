@@ -16,6 +16,7 @@
 #                         (default: one per core, at most 4; 0: no extra process)
 #   CCE_TP_TEST_ONCE      "elsewhere": skip the tests marked `once`, which take long and show what
 #                         hardly depends on the interpreter and the packages (default: run them)
+#   CCE_TP_TEST_ONLY      "environment": make the environment and run nothing
 set -u -o pipefail
 
 cd "$(dirname -- "${BASH_SOURCE[0]}")/.." || exit 1
@@ -85,6 +86,7 @@ if command -v flock >/dev/null; then
 else
     [[ -e $stamp && $(<"$stamp") == "$key" ]] || make_environment
 fi
+[[ ${CCE_TP_TEST_ONLY:-} != environment ]] || exit 0
 
 # Nothing from outside the environment, no look-up of newer versions of the type checker, and
 # one thread per process: the tests start several ranks, each its own process.
