@@ -89,8 +89,9 @@ fi
 [[ ${CCE_TP_TEST_ONLY:-} != environment ]] || exit 0
 
 # Nothing from outside the environment, no look-up of newer versions of the type checker, and
-# one thread per process: the tests start several ranks, each its own process.
-unset PYTHONPATH PYTHONHOME
+# one thread per process: the tests start several ranks, each its own process. Those of them that
+# come later need not compile our own modules again.
+unset PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 export PYRIGHT_PYTHON_IGNORE_WARNINGS=1
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
