@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -58,10 +59,23 @@ def _events(nodes: list[Any]) -> Iterator[tuple[int, int]]:
         open_nodes += node.children
 
 
+@contextmanager
+def _no_operators() -> Iterator[None]:
+    """The profiler sees allocations alone: most of its time goes to what it keeps of operators."""
+    torch._C._autograd._enable_record_function(False)
+    try:
+        yield
+    finally:
+        torch._C._autograd._enable_record_function(True)
+
+
 def measure(call: Callable[[], Any]) -> Usage:
     """Run once, and add up the CPU allocations in the order of time."""
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with (
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+        _no_operators(),
+    ):
         call()
     results = profiler.profiler.kineto_results
     sizes = [size for _, size in sorted(_events(results.experimental_event_tree()))]
