@@ -104,7 +104,6 @@ def _sgd_step(model: Any, case: Case) -> None:
 def _there(case: Case, folder: str, tp: int, fused: bool) -> tuple[Any, torch.Tensor, Any]:
     """Train a step, save; the weights, the next loss and its gradients."""
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     with model_parallel(tp=tp):
         model = build(case)
@@ -115,12 +114,18 @@ def _there(case: Case, folder: str, tp: int, fused: bool) -> tuple[Any, torch.Te
         current = multiprocessing.current_process()
         with mock.patch.dict(current._config, daemon=False):  # type: ignore[attr-defined]
             dist_checkpointing.save(_sharded(model), folder)
-        # It lives as long as its parent, unless that is killed, as the pool's workers are.
-        filesystem_async._results_queue = None
-        for child in multiprocessing.active_children():
-            child.terminate()
-            child.join()
         return _next(model, case)
+
+
+def _end_saving() -> None:
+    """The process of saves, one for all of them, lives as long as its parent, unless that is
+    killed, as the pool's workers are."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    filesystem_async._results_queue = None
+    for child in multiprocessing.active_children():
+        child.terminate()
+        child.join()
 
 
 def _back(case: Case, folder: str, tp: int, fused: bool) -> tuple[Any, torch.Tensor, Any]:
@@ -145,6 +150,13 @@ def _next(model: Any, case: Case) -> tuple[Any, torch.Tensor, Any]:
 
 
 def _round_trips(rank: Any, folder: str, trips: list[tuple[Case, int, bool, int, bool]]) -> Any:
+    try:
+        return _differences(rank, folder, trips)
+    finally:
+        _end_saving()
+
+
+def _differences(rank: Any, folder: str, trips: list[tuple[Case, int, bool, int, bool]]) -> Any:
     wrong = []
     for number, (case, tp, fused, other_tp, other_fused) in enumerate(trips):
         where = Path(folder) / str(number)
