@@ -40,6 +40,9 @@ SMALL = (
     "megatron.tensorboard_dir=null",
 )
 
+# Where only the metrics are looked at.
+UNSAVED = ("megatron.save=null", "megatron.save_interval=null")
+
 
 def losses(run_dir: str | os.PathLike[str]) -> list[tuple[int, Any]]:
     """(iteration, loss, or the list of ranks for which it was skipped)."""
@@ -229,8 +232,7 @@ class Series:
         self.answers["canary"] = canary.exists()
 
     def _other_layouts(self) -> None:
-        still = ("megatron.hidden_dropout=0.0", "megatron.train_iters=9", "megatron.save=null")
-        still = (*still, "megatron.save_interval=null")
+        still = ("megatron.hidden_dropout=0.0", "megatron.train_iters=9", *UNSAVED)
         self.train("two parts", *still, load="whole")
         one = ("megatron.tensor_model_parallel_size=1", "megatron.sequence_parallel=false")
         self.train("one part", *still, *one, load="whole")
@@ -239,7 +241,7 @@ class Series:
     def _interruptions(self) -> None:
         with at(3, 1, terminate):
             self.train("terminated")
-        self.train("terminated again", load="terminated")
+        self.train("terminated again", *UNSAVED, load="terminated")
         if self.rank == 0:
             shutil.copytree(self.folder / "whole", self.folder / "full disk")
         with at(ITERATIONS + 2, 1, _limit_files):
@@ -266,12 +268,11 @@ class Series:
         }
         for name, fault in faults.items():
             with at(3, 1, fault):
-                self.train(f"{name}, stop")
-        unsaved = ("megatron.save=null", "megatron.save_interval=null")
+                self.train(f"{name}, stop", *UNSAVED)
         with at(3, 1, faults["nan"]):
-            self.train("nan, skip", skip, *unsaved)
+            self.train("nan, skip", skip, *UNSAVED)
         never = "megatron.layernorm_epsilon=.nan"
-        self.train("always", never, skip, "megatron.train_iters=20", *unsaved)
+        self.train("always", never, skip, "megatron.train_iters=20", *UNSAVED)
 
     def _disagreement(self) -> None:
         for name, override in (

@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from fault_runs import Series
+from fault_runs import UNSAVED, Series
 
 BEGUN, HALF, END = 2, 6, 8
 # 68 padding rows; a loss mask that is made of natural ids.
@@ -41,13 +41,13 @@ class InterleaveSeries(Series):
         """Natural throughout; and from iteration 2 to 6 interleaved, by way of the converter."""
         for name, options in VARIANTS.items():
             common = (*SMALL, *options)
-            self.train(f"{name}, natural", *common)
+            self.train(f"{name}, natural", *common, *UNSAVED)
             self.train(f"{name}, begun", *common, f"megatron.exit_interval={BEGUN}")
             self.convert(f"{name}, begun", f"{name}, converted")
             half = (*common, INTERLEAVED, f"megatron.exit_interval={HALF}")
             self.train(f"{name}, interleaved", *half, load=f"{name}, converted")
             self.convert(f"{name}, interleaved", f"{name}, restored", undo=True)
-            self.train(f"{name}, natural again", *common, load=f"{name}, restored")
+            self.train(f"{name}, natural again", *common, *UNSAVED, load=f"{name}, restored")
         self.convert("tied, converted", "tied, back", undo=True)
         self._refused()
 
