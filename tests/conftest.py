@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -75,6 +76,13 @@ def _poison(request: pytest.FixtureRequest) -> Iterator[None]:
 def _one_thread_per_core() -> None:
     # Small problems: more threads only get into each other's way.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_idle_megatron() -> Iterator[None]:
+    yield
+    if "megatron_harness" in sys.modules:
+        sys.modules["megatron_harness"].close_pool()
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,7 @@ def run_ranks(
     global _pool
     if _pool is None:
         _pool = ranks.RankPool(device="cpu")
-        atexit.register(_pool.close)
+        atexit.register(close_pool)
     # gloo does not offer all that Megatron needs for CUDA tensors.
     with mock.patch.dict(os.environ, {"CUDA_VISIBLE_DEVICES": ""}):
         # Not under the NaN filling, which puts back on leaving what it replaced.
@@ -52,6 +52,13 @@ def run_ranks(
         return _pool.run(
             function, *args, ranks=4, group="world", timeout_s=timeout_s, poison=poison
         )
+
+
+def close_pool() -> None:
+    """End the ranks, the next call starts others: each has a thread or three for every group that
+    it was ever in, and a hundred groups of gloo keep a core half busy with nothing to do."""
+    if _pool is not None:
+        _pool.close()
 
 
 # Inside the workers.
