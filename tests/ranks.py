@@ -31,6 +31,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -124,9 +125,16 @@ class Rank:
             return _new_group(self.ids, use_local_synchronization=True)
 
 
-def _worker(worker: int, folder: str, pipe: Connection, device: str) -> None:
+def _worker(
+    worker: int, folder: str, pipe: Connection, device: str, environment: dict[str, str]
+) -> None:
     """Main function of a worker process: answers commands until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What a process of one's own would have, and forked ones share with their server.
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.seed()
+    np.random.seed()
     torch.set_num_threads(1)
     if BACKEND == "nccl":
         os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # not every host can do NVLink multicast
@@ -246,9 +254,8 @@ class RankPool:
         self._folder = tempfile.mkdtemp(prefix="ranks-")
         for worker in range(WORKERS):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_worker, args=(worker, self._folder, theirs, self.device), daemon=True
-            )
+            args = (worker, self._folder, theirs, self.device, dict(os.environ))
+            process = context.Process(target=_worker, args=args, daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
