@@ -86,7 +86,11 @@ if command -v flock >/dev/null; then
 else
     [[ -e $stamp && $(<"$stamp") == "$key" ]] || make_environment
 fi
-[[ ${CCE_TP_TEST_ONLY:-} != environment ]] || exit 0
+case ${CCE_TP_TEST_ONLY:-} in
+'') ;;
+environment) exit 0 ;;
+*) fail "CCE_TP_TEST_ONLY: expected nothing or 'environment', got '$CCE_TP_TEST_ONLY'" ;;
+esac
 
 # Nothing from outside the environment, no look-up of newer versions of the type checker, and
 # one thread per process: the tests start several ranks, each its own process. Those of them that
