@@ -210,11 +210,10 @@ def test_a_prepared_launch_passes_its_own_tensors_and_keeps_none() -> None:
 def test_who_listens_to_launches_hears_of_them(name: str) -> None:
     compiled, hook = _Compiled(), getattr(knobs.runtime, name)
     launch._start(compiled, 5, [1, 2])
-    hook.add(print)
-    try:
+    # A chain of hooks; in Triton 3.4 one hook, or None.
+    listening = SimpleNamespace(calls=[print]) if hasattr(hook, "calls") else print
+    with mock.patch.object(knobs.runtime, name, listening):
         launch._start(compiled, 5, [3, 4])
-    finally:
-        hook.remove(print)
     launch._start(compiled, 5, [5, 6])
     assert compiled.launches == [((5, 1, 1), 1, 2), ((5, 1, 1), 5, 6)]
     assert compiled.hooked == [((5, 1, 1), 3, 4)]

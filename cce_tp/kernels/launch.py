@@ -78,8 +78,8 @@ def _start(compiled: Any, grid: int, arguments: Iterable[Any]) -> None:
     """compiled[(grid, 1, 1)](*arguments) on the current device and stream.
 
     Triton calls its hooks before and after, with a description of the launch, and asks the driver
-    about every tensor: half of the time that a launch takes. Where nobody listens it goes without
-    the hooks; tensors come as addresses."""
+    about every tensor: a third to a half of the time that a launch takes. Where nobody listens it
+    goes without the hooks; tensors come as addresses, so that they must be on this device."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     # Chains of hooks, empty unless somebody listens; None or one hook in Triton 3.4.

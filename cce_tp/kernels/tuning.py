@@ -93,7 +93,8 @@ def ceil_div(size: int, step: int) -> int:
 
 @functools.cache
 def is_interpreted() -> bool:
-    """Whether Triton runs kernels in its CPU interpreter (fixed when Triton is imported)."""
+    """Whether Triton runs kernels in its CPU interpreter: fixed when it is first asked, as Triton
+    fixes it when kernels are imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
