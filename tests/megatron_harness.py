@@ -56,7 +56,7 @@ def run_ranks(
 
 def close_pool() -> None:
     """End the ranks, the next call starts others: each has a thread or three for every group that
-    it was ever in, and a hundred groups of gloo keep a core half busy with nothing to do."""
+    it was ever in, and those of gloo wake up while there is nothing to do."""
     if _pool is not None:
         _pool.close()
 
