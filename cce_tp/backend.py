@@ -52,6 +52,16 @@ class Backend(Protocol):
         tiles: Tensor | None,
     ) -> None: ...
 
+    def weight_product(
+        self,
+        out: Tensor,
+        grad_VN: Tensor,
+        input: Tensor,
+        *,
+        accumulate: bool,
+        sums: Tensor | None,
+    ) -> None: ...
+
     def sparse_product(
         self,
         out: Tensor,
@@ -161,6 +171,7 @@ class _TritonBackend:
         self.tile_bytes = lambda logits: 0
         self.grad_logits = backward.grad_logits
         self.grad_kept = backward.grad_kept
+        self.weight_product = backward.weight_product
         self.sparse_product = backward.sparse_product
         self.tile_rows = far_field.tile_rows
         self.probes = far_field.probes
@@ -180,7 +191,7 @@ class _TritonBackend:
 
 class _TorchBackend:
     def __init__(self) -> None:
-        from cce_tp import reference
+        from cce_tp import products, reference
 
         self.statistics = reference.statistics
         self.token_loss = reference.token_loss
@@ -188,6 +199,7 @@ class _TorchBackend:
         self.tile_bytes = reference.tile_bytes
         self.grad_logits = reference.grad_logits
         self.grad_kept = reference.grad_kept
+        self.weight_product = products.weight_product
         self.tile_rows = reference.tile_rows
         self.probes = reference.probes
         self.mass_key = reference.mass_key

@@ -52,12 +52,6 @@ from cce_tp.workspace import (
     rows_ahead,
 )
 
-# dC of a wide strip is taken in pieces of this many rows, or twice as many where a piece has fewer
-# than 2^37 multiplications. Measured on an H200 for N of 8192, against pieces of 8192 rows: twice
-# as many 2.9% less time at D 2304, this many 2.6% and 3.5% less at D 4096 and 8192, where 33 tiles
-# of 128 rows fill whole waves of 132 multiprocessors; other sizes from 6144 to 21248 take from 3%
-# less (11264 at D 2304) to 6% more.
-_WEIGHT_ROWS = 4224
 # Where dC is made in a temporary before it is stored, pieces are of this many bytes, or an eighth
 # of the workspace: they stay in the L2 cache, and make one tile of a product for each
 # multiprocessor of a large GPU.
@@ -406,7 +400,6 @@ class _BackwardPass:
         logits = self.logits.columns(0, kept.columns)
         out = kept.below_max.view(self.logits.input.dtype)
         _, grad_VN, _ = self._gradient(everything, logits, (0, out.shape[1]), out)
-        self._add_bias(everything, grad_VN)
         for t0, t1, part in total.parts:
             self._product(part, _columns_of(grad_VN, t0, t1), logits.weight, None, False)
         strips = walk.strips(sizes, kept.columns)
@@ -534,7 +527,8 @@ class _BackwardPass:
                 logits, grad_VN, kept = self._gradient(strip, logits, (n0, n1), out)
                 if self.far is not None:
                     self.far.subtract_stored(grad_VN, start, (n0, n1))
-                self._add_bias(strip, grad_VN)
+                if grad_weight is None or loan is not None:
+                    self._add_bias(strip, grad_VN)  # else it comes with dC
                 add = start > 0 or self.far is not None  # from a prefix on, `start` is not 0
                 for t0, t1, part in total.parts:
                     self._product(part, _columns_of(grad_VN, t0, t1), logits.weight, kept, add)
@@ -594,7 +588,6 @@ class _BackwardPass:
         shape, pitch = (vocab, num_tokens), gradient_pitch(num_tokens)
         out = memory_of(grad_weight, first, shape, self.logits.input.dtype, pitch)
         _, grad_VN, _ = self._gradient(everything, self.logits, (0, num_tokens), out)
-        self._add_bias(everything, grad_VN)
         for n0, n1 in blocks(num_tokens, walk.chunk):
             part = rows_of(grad_input, n0, n1)
             total = InputSum(part, self.sum_dtype, in_place=not self.apart, borrow=False)
@@ -646,7 +639,6 @@ class _BackwardPass:
             else:
                 out = self._lent(start, stop) if stop - start > walk.strip else buffer
             logits, grad_VN, _ = self._gradient(strip, logits, tokens, out)
-            self._add_bias(strip, grad_VN)
             add = (start, stop, ahead) != steps[0]
             for t0, t1, part in total.parts:
                 self._product(part, _columns_of(grad_VN, t0, t1), logits.weight, None, add)
@@ -675,7 +667,7 @@ class _BackwardPass:
                 total = torch.zeros(shape, dtype=self.sum_dtype, device=grad_weight.device)
             for n0, n1 in blocks(num_tokens, walk.chunk):
                 logits, grad_VN, kept = self._gradient(strip, columns, (n0, n1), buffer)
-                if bias:
+                if bias and (grad_weight is None or total is not None):
                     self._add_bias(strip, grad_VN)
                 if total is not None:
                     self._weight_product(total, grad_VN, logits.input, kept, accumulate=True)
@@ -683,7 +675,9 @@ class _BackwardPass:
                     add = self.sinks.accumulate_weight
                     inputs = logits.input
                     del logits, columns  # gathered rows, before the temporaries of dC are made
-                    self._add_weight(grad_weight, strip, grad_VN, inputs, kept, accumulate=add)
+                    self._add_weight(
+                        grad_weight, strip, grad_VN, inputs, kept, accumulate=add, bias=bias
+                    )
             if total is not None and grad_weight is not None:
                 if self.unscale is not None:
                     total *= self.unscale
@@ -759,19 +753,23 @@ class _BackwardPass:
             )
 
     def _weight_product(
-        self, out: Tensor, grad_VN: Tensor, inputs: Tensor, kept: Any, *, accumulate: bool
+        self,
+        out: Tensor,
+        grad_VN: Tensor,
+        inputs: Tensor,
+        kept: Any,
+        *,
+        accumulate: bool,
+        sums: Tensor | None = None,
     ) -> None:
-        """out = or += G^T @ inputs, in the scale of G."""
+        """out = or += G^T @ inputs, in the scale of G; sums += those of G^T's rows."""
         self._await_input()
         if kept is not None:
             self.backend.sparse_product(
                 out, grad_VN, inputs, kept, of_input=False, accumulate=accumulate
             )
             return
-        rows = _WEIGHT_ROWS if inputs.numel() * _WEIGHT_ROWS > 1 << 37 else 2 * _WEIGHT_ROWS
-        for v0, v1 in blocks(grad_VN.shape[0], rows):
-            part = rows_of(grad_VN, v0, v1)
-            add_product(rows_of(out, v0, v1), part, inputs, accumulate=accumulate)
+        self.backend.weight_product(out, grad_VN, inputs, accumulate=accumulate, sums=sums)
 
     def _add_weight(
         self,
@@ -782,12 +780,19 @@ class _BackwardPass:
         kept: Any,
         *,
         accumulate: bool,
+        bias: bool = True,
     ) -> None:
-        """The strip's rows of dC = or += unscale * G^T E."""
+        """The strip's rows of dC = or += unscale * G^T E; and those of the bias gradient, if it is
+        wanted and with `bias`."""
         if self.direct:
             part = rows_of(grad_weight, strip.start, strip.stop)
-            self._weight_product(part, grad_VN, inputs, None, accumulate=accumulate)
+            sums = self.sinks.bias if bias else None
+            if sums is not None:
+                sums = rows_of(sums, strip.start, strip.stop)
+            self._weight_product(part, grad_VN, inputs, None, accumulate=accumulate, sums=sums)
             return
+        if bias:
+            self._add_bias(strip, grad_VN)
         if self.in_pieces:
             for v0, v1 in blocks(grad_VN.shape[0], self._piece_rows(grad_weight)):
                 rows = grad_weight[strip.start + v0 : strip.start + v1]

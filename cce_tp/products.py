@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cce_tp.problem import statistics_dtype
-from cce_tp.workspace import borrowed_tokens
+from cce_tp.problem import rows_of, statistics_dtype
+from cce_tp.workspace import blocks, borrowed_tokens
 
 
 def copies_operands(operand: Tensor) -> bool:
@@ -141,6 +141,34 @@ def row_sums(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     out = torch.empty((rows, _SUM_COLUMNS), dtype=dtype, device=matrix.device)
     add_product(out, matrix, matrix.new_ones((columns, _SUM_COLUMNS)), accumulate=False)
     return out[:, 0]
+
+
+# dC of a wide strip is taken in pieces of this many rows, or twice as many where a piece has fewer
+# than 2^37 multiplications. Measured on an H200 for N of 8192, against pieces of 8192 rows: twice
+# as many 2.9% less time at D 2304, this many 2.6% and 3.5% less at D 4096 and 8192, where 33 tiles
+# of 128 rows fill whole waves of 132 multiprocessors; other sizes from 6144 to 21248 take from 3%
+# less (11264 at D 2304) to 6% more.
+_WEIGHT_ROWS = 4224
+
+
+def weight_product(
+    out: Tensor, grad_VN: Tensor, input: Tensor, *, accumulate: bool, sums: Tensor | None
+) -> None:
+    """out = or += G^T @ input, a part of dC; and the bias gradient beside it.
+
+    Args:
+        out: (V, D), as `add_product` takes it.
+        grad_VN: G^T (V, N).
+        input: (N, D).
+        accumulate: add to `out` instead of overwriting it.
+        sums: (V,) fp32 or fp64, the sums of G^T's rows are added to it; or None.
+    """
+    rows = _WEIGHT_ROWS if input.numel() * _WEIGHT_ROWS > 1 << 37 else 2 * _WEIGHT_ROWS
+    for start, stop in blocks(grad_VN.shape[0], rows):
+        part = rows_of(grad_VN, start, stop)
+        add_product(rows_of(out, start, stop), part, input, accumulate=accumulate)
+    if sums is not None:
+        sums += row_sums(grad_VN, sums.dtype)
 
 
 class InputSum:

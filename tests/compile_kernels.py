@@ -66,10 +66,15 @@ FEW = (
     ("fp32", "everything"),
 )
 # On Hopper: the speed of the exact path stands on these.
-LOGGED = (("bf16", "plain"), ("bf16", "cap"), ("bf16", "far-field"))
+LOGGED = (("bf16", "plain"), ("bf16", "cap"), ("bf16", "far-field"), ("bf16", "added"))
 LOG = {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_ALWAYS_COMPILE": "1"}
-# What may also be made by the kernels of `cce_tp.kernels.hopper`; the last has code of its own.
-WARPGROUPS = (("bf16", 256, "plain"), ("bf16", 256, "far-kept"), ("fp16", 256, "terms"))
+# What `cce_tp.kernels.hopper` may make, too; the last two have code of their own.
+WARPGROUPS = (
+    ("bf16", 256, "plain"),
+    ("bf16", 256, "far-kept"),
+    ("fp16", 256, "terms"),
+    ("bf16", 256, "added"),
+)
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -164,6 +169,9 @@ def call(dtype: torch.dtype, hidden: int, features: str) -> None:
         bias = torch.zeros(1024, dtype=dtype, requires_grad=True)
         chosen = cce_tp.GradFilter.far_field()
         options = {**EVERYTHING, "linear_bias": bias, "grad_filter": chosen}
+    if features == "added":
+        bias = torch.zeros(1024, dtype=dtype, requires_grad=True)
+        options = {"linear_bias": bias, "grad_weight_out": torch.zeros(1024, hidden)}
     if features == "terms":
         options = TERMS
     if features == "cap":
@@ -214,6 +222,9 @@ def main(capability: int, few: bool) -> None:
             mock.patch.object(tuning, "config_for", lambda *_, c=config: (c, 128)),
             mock.patch.object(tuning, "use_descriptors", lambda *_, d=descriptors: d),
             mock.patch.object(tuning, "use_warpgroups", lambda *_, w=warpgroups: w),
+            mock.patch.object(
+                tuning, "rows_for_warpgroups", lambda out, *_, w=warpgroups: w * len(out)
+            ),
             mock.patch.object(
                 tuning, "use_branch_descriptor", lambda _, d=descriptors: d and capability < 100
             ),

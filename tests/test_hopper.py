@@ -1,4 +1,5 @@
-"""cce_tp.kernels.hopper: the kernels that Hopper runs in place of Triton's, bit by bit.
+"""cce_tp.kernels.hopper: the kernels that Hopper runs in place of Triton's, bit by bit, and of the
+vendor's product.
 
 Where they run is decided by sizes; here, on a Hopper GPU, both are made to run and compared.
 """
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cce_tp import products
 from cce_tp.kernels import backward, forward, launch, tuning
 from cce_tp.kernels.launch import LogitsForm
 from cce_tp.problem import LocalLogits, LogitGradient
@@ -170,7 +172,7 @@ def test_several_groups_of_token_blocks() -> None:
     launch.forget()  # how many are in a group is worked out once for a size
     try:
         with made_by(True), mock.patch.object(module, "_GROUP_BLOCKS", 3):
-            assert module._group(LogitsForm.of(logits)) == 3
+            assert module._group(LogitsForm.of(logits).token_blocks) == 3
             _assert_equal_bits(_statistics(logits, 0, masses=False), expected)
     finally:
         launch.forget()
@@ -226,6 +228,160 @@ def test_gradients_have_the_same_bits(
     if z_loss_and_smoothing == (0.0, 0.0):
         _assert_equal_bits(found[:1], [expected])
     torch.testing.assert_close(found[0], expected, rtol=0.01, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "made"),
+    [
+        (25344, 4096, 25344),  # 16 rounds of 132 tiles
+        (8448, 2304, 8448),
+        (128256, 8192, 128256),
+        (16384, 4096, 15360),  # a tenth round would be hardly begun
+        # The only, or a third round hardly begun, or columns that leave a part of each tile unused.
+        (8448, 4096, 0),
+        (12672, 2304, 0),
+        (25344, 4104, 0),
+        (1000, 4096, 0),
+        (1, 1, 0),
+    ],
+)
+def test_rows_of_a_product_that_they_make(rows: int, columns: int, made: int) -> None:
+    assert tuning.product_rows(rows, columns, 132) == made
+
+
+def test_only_products_that_are_rounded_once_go_to_them() -> None:
+    """Not what is added to in 16 bits, nor sums of few terms."""
+    narrow, wide = torch.zeros(8448, 2304).bfloat16(), torch.zeros(8448, 2304)
+    a, b = torch.zeros(8448, 4096).bfloat16(), torch.zeros(4096, 2304).bfloat16()
+
+    def rows(out: Tensor, accumulate: bool, terms: int = 4096) -> int:
+        return tuning.rows_for_warpgroups(out, a[:, :terms], b[:terms], accumulate)
+
+    with (
+        mock.patch.object(tuning, "is_interpreted", lambda: False),
+        mock.patch.object(tuning, "_is_hopper", lambda _: True),
+        mock.patch.object(tuning, "use_descriptors", lambda *_: True),
+        mock.patch.object(tuning, "config_for", lambda _: (None, 132)),
+    ):
+        assert rows(narrow, False) == rows(wide, True) == rows(wide, False) == 8448
+        assert rows(narrow, True) == rows(narrow, False, 256) == rows(narrow.half(), False) == 0
+        assert tuning.rows_for_warpgroups(wide, a.float(), b.float(), True) == 0
+        with mock.patch.object(tuning, "_is_hopper", lambda _: False):
+            assert rows(wide, True) == 0
+
+
+def _weight_products(
+    shape: tuple[int, int, int], dtypes: tuple[torch.dtype, torch.dtype], rows: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """(dC found, right, row sums found, right) for an out that is written, and that is added to if
+    it is in fp32, of which `rows` go to `kernels.hopper`."""
+    vocab, tokens, hidden = shape
+    narrow, wide = dtypes
+    pitch = gradient_pitch(tokens)
+    stored = torch.randn(vocab, pitch, device="cuda").to(narrow)
+    stored[:, tokens:] = torch.nan  # what follows a row is nobody's
+    grad_VN, input = stored[:, :tokens], torch.randn(tokens, hidden, device="cuda").to(narrow)
+    product, sums = grad_VN.double() @ input.double(), grad_VN.double().sum(dim=1)
+    for accumulate in (False, True)[: 1 + (wide == torch.float32)]:
+        before = torch.randn(vocab, hidden, device="cuda").to(wide)
+        sums_before = torch.randn(vocab, device="cuda")
+        made = []
+        for _ in range(2):
+            around = torch.full((vocab + 2, hidden), UNWRITTEN, device="cuda", dtype=wide)
+            out, sums_out = around[1:-1].copy_(before), sums_before.clone()
+            with mock.patch.object(tuning, "rows_for_warpgroups", lambda *_: rows):
+                backward.weight_product(out, grad_VN, input, accumulate=accumulate, sums=sums_out)
+            assert (around[:: vocab + 1] == UNWRITTEN).all()
+            made.append((out, sums_out))
+        _assert_equal_bits([*made[0]], [*made[1]])
+        right = product + before.double() if accumulate else product
+        yield made[0][0], right, made[0][1], sums + sums_before.double()
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float16),
+        (torch.float16, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 8, 8), (191, 200, 264), (193, 33, 256), (1000, 1111, 512), (5000, 4096, 1304)],
+    ids=str,
+)
+def test_weight_products(
+    shape: tuple[int, int, int], dtypes: tuple[torch.dtype, torch.dtype]
+) -> None:
+    """And their rows' sums; all rows by it, or a part."""
+    for rows in (shape[0], max(1, shape[0] // 2)):
+        for found, right, sums_found, sums_right in _weight_products(shape, dtypes, rows):
+            error = (found.double() - right).norm() / right.norm()
+            assert error < torch.finfo(dtypes[1]).eps + 1e-5
+            torch.testing.assert_close(sums_found.double(), sums_right, rtol=1e-5, atol=1e-3)
+
+
+@gpu
+@hopper
+def test_weight_products_keep_what_is_not_finite() -> None:
+    grad_VN = torch.zeros(300, 2048, device="cuda", dtype=torch.bfloat16)
+    grad_VN[7, 11], grad_VN[250, 2047] = torch.nan, torch.inf
+    input = torch.ones(2048, 256, device="cuda", dtype=torch.bfloat16)
+    out, sums = torch.zeros(300, 256, device="cuda"), torch.zeros(300, device="cuda")
+    with (
+        mock.patch.object(tuning, "rows_for_warpgroups", lambda *_: 300),
+        mock.patch.object(products, "weight_product", None),
+    ):
+        backward.weight_product(out, grad_VN, input, accumulate=True, sums=sums)
+    for found in (out, sums[:, None]):
+        assert found[7].isnan().all() and (found[250] == torch.inf).all()
+        assert (found[8:250] == 0).all()
+
+
+@gpu
+@hopper
+@pytest.mark.parametrize("into", [False, True], ids=["returned", "added"])
+def test_the_bias_gradient_comes_with_dc(into: bool) -> None:
+    """Of a call whose dC goes to them, in every way in which it is cut; against fp32."""
+    import cce_tp
+
+    tokens, vocab, hidden = 4096, 9000, 2304
+    input = torch.randn(tokens, hidden, device="cuda").bfloat16().requires_grad_()
+    weight = (torch.randn(vocab, hidden, device="cuda") * 0.05).bfloat16().requires_grad_()
+    bias = torch.randn(vocab, device="cuda").bfloat16().requires_grad_()
+    target = torch.randint(0, vocab, (tokens,), device="cuda")
+    wide = [each.detach().float().requires_grad_() for each in (input, weight, bias)]
+    logits = wide[0] @ wide[1].t() + wide[2]
+    torch.nn.functional.cross_entropy(logits, target).backward()
+    reached: list[int] = []
+
+    def product_rows(rows: int, *more: int) -> int:
+        reached.append(rows)
+        return rows - rows % 2
+
+    options = {"grad_weight_out": torch.zeros(vocab, hidden, device="cuda")} if into else {}
+    for more in ({}, {"keep_logits_in_grad": False}, {"workspace_bytes": 24 << 20}):
+        if into and "keep_logits_in_grad" in more:
+            continue
+        reached.clear()
+        for each in (input, weight, bias):
+            each.grad = None
+        if into:
+            options["grad_weight_out"].zero_()
+        with mock.patch.object(tuning, "product_rows", product_rows):
+            cce_tp.linear_cross_entropy(
+                input, weight, target, linear_bias=bias, **options, **more
+            ).backward()
+        assert sum(reached) >= vocab
+        dC = options["grad_weight_out"] if into else weight.grad
+        for grad, right in ((input.grad, wide[0]), (dC, wide[1]), (bias.grad, wide[2])):
+            assert grad is not None and right.grad is not None
+            assert (grad.float() - right.grad).norm() / right.grad.norm() < 5e-3
 
 
 @gpu

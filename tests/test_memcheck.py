@@ -24,6 +24,8 @@ SANITIZER = shutil.which("compute-sanitizer")
 PROGRAM = """
 import itertools, sys, torch
 from cce_tp import GradFilter, linear_cross_entropy
+from cce_tp.kernels import tuning
+tuning._LEAST_DEPTH, tuning.product_rows = 0, lambda rows, *_: rows  # else the vendor's are faster
 alone = [dict(), dict(label_smoothing=0.1), dict(z_loss=1e-3), dict(logit_scale=0.5),
          dict(logit_softcap=20.0), dict(return_stats=True), dict(return_stats="entropy"),
          dict(grad_filter=GradFilter.paper(2.0**-8)), dict(reduction="mean"), dict(reduction="sum"),
@@ -107,8 +109,8 @@ def races(report: str) -> list[str]:
 
 
 def test_only_the_handshake_of_partitions_is_no_race() -> None:
-    assert [len(lines) for lines in handshakes()] == [2, 2]
-    (start, call), (other, _) = (sorted(lines, key=int) for lines in handshakes())
+    assert [len(lines) for lines in handshakes()] == [2, 2, 2]
+    (start, call), (other, _), _ = (sorted(lines, key=int) for lines in handshakes())
 
     def report(*places: str, shown: int = 1) -> str:
         first, *others = (f"access at tile_kernel+0x1d0 in {place}" for place in places)

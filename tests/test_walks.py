@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import torch
 
-from cce_tp import backward, sharding, workspace
+from cce_tp import backward, products, sharding, workspace
 from cce_tp.products import InputSum
 from cce_tp.workspace import (
     BackwardSizes,
@@ -150,6 +150,7 @@ def test_sum_over_ranks_starts_when_input_gradient_is_complete(name: str) -> Non
     with (
         mock.patch.object(backward, "plan_backward", lambda *_: WALKS[name]),
         mock.patch.object(backward, "add_product", add_product),
+        mock.patch.object(products, "add_product", add_product),
         mock.patch.object(sharding.InputGradReduction, "start", start),
     ):
         outcome = call(problem.build(DEVICE), {"impl": "torch"})

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cce_tp import products
 from cce_tp.kernels import tuning
 from cce_tp.kernels.launch import LogitsForm, Prepared, matrix_argument, prepared
 from cce_tp.kernels.tile import (
@@ -385,6 +386,31 @@ def grad_logits(
     mask = None if kept is None else kept.mask
     run(logits.input, logits.weight, logits.bias, *of_tokens, out_VN, mask)
     return kept
+
+
+def weight_product(
+    out: Tensor, grad_VN: Tensor, input: Tensor, *, accumulate: bool, sums: Tensor | None
+) -> None:
+    """`products.weight_product`, of as many rows as that is faster for by a kernel for Hopper."""
+    rows = tuning.rows_for_warpgroups(out, grad_VN, input, accumulate)
+    if rows:
+        from cce_tp.kernels import hopper
+
+        (_, tokens), hidden = grad_VN.shape, input.shape[1]
+        strides = grad_VN.stride(0), input.stride(0), out.stride(0)
+        programs = tuning.config_for(grad_VN)[1]
+        run = hopper.weight_gradient(
+            (rows, tokens, hidden),
+            strides,
+            (input.dtype, out.dtype),
+            programs,
+            accumulate,
+            sums is not None,
+        )
+        run(grad_VN[:rows], input, sums, out[:rows])
+    if rows < len(grad_VN):
+        rest = None if sums is None else sums[rows:]
+        products.weight_product(out[rows:], grad_VN[rows:], input, accumulate=accumulate, sums=rest)
 
 
 @prepared

@@ -1,7 +1,8 @@
-"""The two large kernels for Hopper's tensor cores: tile statistics, and G^T, of 16-bit operands.
+"""The large kernels for Hopper's tensor cores: tile statistics, G^T, and dC, of 16-bit operands.
 
-They compute what `forward.tile_statistics_kernel` and `backward.grad_logits_kernel` do, with the
-same functions for all that comes after the product, in Gluon, which can say what Triton cannot:
+The first two compute what `forward.tile_statistics_kernel` and `backward.grad_logits_kernel` do,
+with the same functions for all that comes after the product; the third is a product alone. They are
+in Gluon, which can say what Triton cannot:
 
 *192 x 256 tiles.* These products run at the card's power limit, so what counts is energy; and a
 tile of 192 x 256 brings 22% fewer bytes from the L2 cache for each product than one of 128 x 256.
@@ -9,10 +10,13 @@ tile of 192 x 256 brings 22% fewer bytes from the L2 cache for each product than
 *Warpgroups that run apart.* One warp loads; three warpgroups of 64 tokens each multiply and go on
 by themselves, so that one's exponentials run beside the others' products.
 
+*Sums in memory.* dC that is added to is not read: the bulk copy engine adds to it where it lies.
+
 Triton's interpreter does not know Gluon, which also changes from release to release: there, on
-other devices, in other releases, where the tiles do not fit (`tuning.use_warpgroups`) and for
-operands that the bulk copy engine cannot address the other two kernels run. They compute the same
-bits, but for G^T with z-loss or smoothing, which is the same to rounding (`tests/test_hopper.py`).
+other devices, in other releases, where the tiles do not fit (`tuning.use_warpgroups`,
+`tuning.warpgroup_rows`) and for operands that the bulk copy engine cannot address Triton's two
+kernels and the vendor's product run. Triton's compute the same bits, but for G^T with z-loss or
+smoothing, which is the same to rounding, as is dC (`tests/test_hopper.py`).
 
 Legend: N tokens, V vocabulary rows of this launch, D hidden size.
 """
@@ -24,8 +28,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -38,11 +44,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cce_tp.kernels import backward, forward, tile
 from cce_tp.kernels.launch import LogitsForm, Prepared, prepared
-from cce_tp.kernels.tuning import HOPPER_TOKENS, ceil_div
+from cce_tp.kernels.tuning import HOPPER_ROWS, ceil_div
 
 # Warpgroups that multiply in a program, and tokens of each.
 _WARPGROUPS = 3
-_ROWS = HOPPER_TOKENS // _WARPGROUPS
+_ROWS = HOPPER_ROWS // _WARPGROUPS
 # Half a tile's vocabulary rows, and the depth of a step.
 _HALF_V = 128
 _BLOCK_D = 32
@@ -50,6 +56,8 @@ _BLOCK_D = 32
 _STAGES = 7
 # Columns of a tile that are on their way out at once, from each warpgroup.
 _STORED_COLUMNS = 32
+# Columns of ones, the fewest that the tensor cores multiply: for sums of the other operand's rows.
+_SUM_COLUMNS = 8
 # Registers of a thread that multiplies: of its warpgroup's 64 x 256 sums it holds 128.
 _REGISTERS = 160
 _LOADER_REGISTERS = 24
@@ -65,6 +73,8 @@ _GROUP_BLOCKS = 4
 # Where the warps of a warpgroup hold their sums.
 _HALF_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _HALF_V, 16]))
 _WHOLE_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * _HALF_V, 16]))
+_ONES_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 1], [8, 4], [1, 4], [1, 0]))
+_SUM_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _SUM_COLUMNS, 16]))
 
 _twins: dict[str, Any] = {}
 
@@ -95,6 +105,15 @@ _token_terms = _twin(backward.token_terms)
 _gradient_of = _twin(backward.gradient_of)
 
 
+@builtin
+def _add_shared_to_global(tensor_desc, coord, src, _semantic: Any = None):
+    """`tma.async_copy_shared_to_global`, but added to what is there, which Gluon 3.6 has no name
+    for."""
+    builder, coord = _semantic.builder, _semantic._convert_to_ir_values(coord, require_i64=False)
+    add = ir.DESCRIPTOR_REDUCE_KIND.ADD
+    builder.create_async_tma_reduce(add, tensor_desc.handle, coord, src.handle)
+
+
 @gluon.jit
 def _tile(number, blocks_n, blocks_v, group_n, NUM_PROGRAMS: gl.constexpr):
     """`tile.grouped_block`, but a program, which takes every NUM_PROGRAMS-th tile, is not always
@@ -120,74 +139,94 @@ def _previous(stage, STAGES: gl.constexpr):
 
 @gluon.jit
 def _load_tiles(
-    input,
-    weight,
+    a,
+    b,
     ring,
     sizes,
     NUM_PROGRAMS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """What one warp does: bring the operands of all tiles of this program, in order."""
-    input_bufs, weight_bufs, full, empty = ring
-    N, V, D, group_n = sizes
-    ROWS: gl.constexpr = input.block_shape[0]
-    BLOCK_D: gl.constexpr = input.block_shape[1]
-    HALF_V: gl.constexpr = weight.block_shape[0]
-    PARTS: gl.constexpr = input_bufs.shape[0] // STAGES
-    blocks_n = gl.cdiv(N, PARTS * ROWS)
-    blocks_v = gl.cdiv(V, 2 * HALF_V)
+    """What one warp does: bring the operands of all tiles of this program, in order.
+
+    Of the matrices a (M, K) and b (N, K), or (K, N) where its blocks are."""
+    a_bufs, b_bufs, full, empty = ring
+    M, N, K, group = sizes
+    ROWS: gl.constexpr = a.block_shape[0]
+    BLOCK_K: gl.constexpr = a.block_shape[1]
+    K_FIRST: gl.constexpr = b.block_shape[0] == BLOCK_K
+    HALF: gl.constexpr = b.block_shape[1] if K_FIRST else b.block_shape[0]
+    PARTS: gl.constexpr = a_bufs.shape[0] // STAGES
+    blocks_m = gl.cdiv(M, PARTS * ROWS)
+    blocks_n = gl.cdiv(N, 2 * HALF)
     stage, phase = 0, 0
-    for number in range(gl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS):
-        block_n, block_v = _tile(number, blocks_n, blocks_v, group_n, NUM_PROGRAMS)
-        for d in range(0, D, BLOCK_D):
+    for number in range(gl.program_id(0), blocks_m * blocks_n, NUM_PROGRAMS):
+        block_m, block_n = _tile(number, blocks_m, blocks_n, group, NUM_PROGRAMS)
+        for k in range(0, K, BLOCK_K):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             arrived = full.index(stage)
-            mbarrier.expect(arrived, (PARTS * ROWS + 2 * HALF_V) * BLOCK_D * 2)
+            mbarrier.expect(arrived, (PARTS * ROWS + 2 * HALF) * BLOCK_K * 2)
             for part in gl.static_range(PARTS):
                 tma.async_copy_global_to_shared(
-                    input, [(block_n * PARTS + part) * ROWS, d], arrived,
-                    input_bufs.index(stage * PARTS + part),
+                    a, [(block_m * PARTS + part) * ROWS, k], arrived,
+                    a_bufs.index(stage * PARTS + part),
                 )  # fmt: skip
             for half in gl.static_range(2):
+                n = (block_n * 2 + half) * HALF
                 tma.async_copy_global_to_shared(
-                    weight, [(block_v * 2 + half) * HALF_V, d], arrived,
-                    weight_bufs.index(stage * 2 + half),
-                )  # fmt: skip
+                    b, [k, n] if K_FIRST else [n, k], arrived, b_bufs.index(stage * 2 + half)
+                )
             stage, phase = _next(stage, phase, STAGES)
 
 
 @gluon.jit
-def _product(ring, stage, phase, D, PART: gl.constexpr, STAGES: gl.constexpr):
-    """Sums of one tile for warpgroup number PART, (ROWS, BLOCK_V / 2) fp32 each of its left and
-    right columns; and where in the ring the next tile begins.
+def _k_first(buf, BLOCK_K: gl.constexpr):
+    return buf if buf.shape[0] == BLOCK_K else buf.permute((1, 0))
+
+
+@gluon.jit
+def _product(ring, stage, phase, K, ones, PART: gl.constexpr, STAGES: gl.constexpr):
+    """Sums of one tile for warpgroup number PART, (ROWS, BLOCK_N / 2) fp32 each of its left and
+    right columns; unless `ones` is None, those of its rows of `a` times that; and where in the ring
+    the next tile begins.
 
     In halves, as one instruction for all would need more registers than ptxas grants a kernel of so
     many threads."""
-    input_bufs, weight_bufs, full, empty = ring
-    ROWS: gl.constexpr = input_bufs.shape[1]
-    BLOCK_D: gl.constexpr = input_bufs.shape[2]
-    HALF_V: gl.constexpr = weight_bufs.shape[1]
-    PARTS: gl.constexpr = input_bufs.shape[0] // STAGES
-    left = warpgroup_mma_init(gl.zeros([ROWS, HALF_V], gl.float32, _HALF_LAYOUT))
-    right = warpgroup_mma_init(gl.zeros([ROWS, HALF_V], gl.float32, _HALF_LAYOUT))
-    for step in range(gl.cdiv(D, BLOCK_D)):
+    a_bufs, b_bufs, full, empty = ring
+    ROWS: gl.constexpr = a_bufs.shape[1]
+    BLOCK_K: gl.constexpr = a_bufs.shape[2]
+    HALF: gl.constexpr = b_bufs.shape[2] if b_bufs.shape[1] == BLOCK_K else b_bufs.shape[1]
+    PARTS: gl.constexpr = a_bufs.shape[0] // STAGES
+    left = warpgroup_mma_init(gl.zeros([ROWS, HALF], gl.float32, _HALF_LAYOUT))
+    right = warpgroup_mma_init(gl.zeros([ROWS, HALF], gl.float32, _HALF_LAYOUT))
+    if ones is not None:
+        COLUMNS: gl.constexpr = ones.shape[1]
+        sums = warpgroup_mma_init(gl.zeros([ROWS, COLUMNS], gl.float32, _SUM_LAYOUT))
+    for step in range(gl.cdiv(K, BLOCK_K)):
         mbarrier.wait(full.index(stage), phase)
-        a = input_bufs.index(stage * PARTS + PART)
-        left = warpgroup_mma(
-            a, weight_bufs.index(stage * 2).permute((1, 0)), left, use_acc=step > 0, is_async=True
-        )
-        right = warpgroup_mma(
-            a, weight_bufs.index(stage * 2 + 1).permute((1, 0)), right, use_acc=step > 0,
-            is_async=True,
-        )  # fmt: skip
-        # The step before this one has been multiplied.
-        done_left, done_right = warpgroup_mma_wait(2, deps=(left, right))
+        a = a_bufs.index(stage * PARTS + PART)
+        b_left = _k_first(b_bufs.index(stage * 2), BLOCK_K)
+        b_right = _k_first(b_bufs.index(stage * 2 + 1), BLOCK_K)
+        left = warpgroup_mma(a, b_left, left, use_acc=step > 0, is_async=True)
+        right = warpgroup_mma(a, b_right, right, use_acc=step > 0, is_async=True)
+        # Until the step before this one has been multiplied.
+        if ones is not None:
+            sums = warpgroup_mma(a, ones, sums, use_acc=step > 0, is_async=True)
+            done_left, done_right, done_sums = warpgroup_mma_wait(3, deps=(left, right, sums))
+            sums = warpgroup_mma_init(done_sums)
+        else:
+            done_left, done_right = warpgroup_mma_wait(2, deps=(left, right))
         left, right = warpgroup_mma_init(done_left), warpgroup_mma_init(done_right)
         mbarrier.arrive(empty.index(_previous(stage, STAGES)), pred=step > 0)
         stage, phase = _next(stage, phase, STAGES)
-    done_left, done_right = warpgroup_mma_wait(0, deps=(left, right))
+    if ones is not None:
+        done_left, done_right, done_sums = warpgroup_mma_wait(0, deps=(left, right, sums))
+    else:
+        done_left, done_right = warpgroup_mma_wait(0, deps=(left, right))
     mbarrier.arrive(empty.index(_previous(stage, STAGES)))
-    return done_left, done_right, stage, phase
+    if ones is not None:
+        return done_left, done_right, done_sums, stage, phase
+    else:
+        return done_left, done_right, stage, phase
 
 
 @gluon.jit
@@ -255,7 +294,7 @@ def _statistics_of_tiles(
         block_n, block_v = _tile(number, blocks_n, blocks_v, group_n, NUM_PROGRAMS)
         first_row, first_col = (block_n * PARTS + PART) * TOKENS, block_v * BLOCK_V
         if first_row < N:
-            left, right, stage, phase = _product(ring, stage, phase, D, PART, STAGES)
+            left, right, stage, phase = _product(ring, stage, phase, D, None, PART, STAGES)
             x = gl.join(left, right).permute((0, 2, 1)).reshape([TOKENS, BLOCK_V])
             x = gl.convert_layout(x, _WHOLE_LAYOUT)
             rows = first_row + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, _WHOLE_LAYOUT))
@@ -311,7 +350,7 @@ def _gradients_of_tiles(
         block_n, block_v = _tile(number, blocks_n, blocks_v, group_n, NUM_PROGRAMS)
         first_row, first_col = (block_n * PARTS + PART) * TOKENS, block_v * (2 * HALF_V)
         if first_row < N:
-            left, right, stage, phase = _product(ring, stage, phase, D, PART, STAGES)
+            left, right, stage, phase = _product(ring, stage, phase, D, None, PART, STAGES)
             rows = first_row + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, _HALF_LAYOUT))
             of_token = _token_terms(
                 target_ptr, grad_ptr, max_ptr, log_sum_ptr, rows, first_col, N, V, first_id
@@ -335,14 +374,83 @@ def _gradients_of_tiles(
 
 
 @gluon.jit
-def _ring(input, weight, STAGES: gl.constexpr, PARTS: gl.constexpr):
-    """Buffers for steps of input and weight, and two barriers for each: that its operands are here,
-    and that all warpgroups are done with them."""
-    input_bufs = gl.allocate_shared_memory(
-        input.dtype, [STAGES * PARTS, input.block_shape[0], input.block_shape[1]], input.layout
+def _put_columns(out, buf, piece, row, col, ADD: gl.constexpr):
+    """Through shared memory: out[row:, col:] = or += a piece of a tile."""
+    tma.store_wait(0)  # what was stored from this buffer has left it
+    buf.store(piece)
+    fence_async_shared()
+    if ADD:
+        _add_shared_to_global(out, [row, col], buf)
+    else:
+        tma.async_copy_shared_to_global(out, [row, col], buf)
+
+
+@gluon.jit
+def _put(out, buf, x, row, col, ADD: gl.constexpr):
+    """out[row:, col:] = or += x (ROWS, BLOCK_N / 2), clipped to the matrix."""
+    WIDTH: gl.constexpr = x.shape[1] // 4
+    left, right = _halves(x)
+    first, second = _halves(left)
+    third, fourth = _halves(right)
+    _put_columns(out, buf, first, row, col, ADD)
+    _put_columns(out, buf, second, row, col + WIDTH, ADD)
+    _put_columns(out, buf, third, row, col + 2 * WIDTH, ADD)
+    _put_columns(out, buf, fourth, row, col + 3 * WIDTH, ADD)
+
+
+@gluon.jit
+def _weight_gradients_of_tiles(
+    PART: gl.constexpr,
+    ring,
+    sizes,
+    tensors,
+    ones,
+    NUM_PROGRAMS: gl.constexpr,
+    ADD: gl.constexpr,
+    SUM_COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """What warpgroup number PART does for dC."""
+    grad_bufs, input_bufs, _, _ = ring
+    V, D, N, group_v = sizes
+    sums_ptr, out, store_bufs = tensors
+    ROWS: gl.constexpr = grad_bufs.shape[1]
+    PARTS: gl.constexpr = grad_bufs.shape[0] // STAGES
+    HALF_D: gl.constexpr = input_bufs.shape[2]
+    blocks_v = gl.cdiv(V, PARTS * ROWS)
+    blocks_d = gl.cdiv(D, 2 * HALF_D)
+    stage, phase = 0, 0
+    for number in range(gl.program_id(0), blocks_v * blocks_d, NUM_PROGRAMS):
+        block_v, block_d = _tile(number, blocks_v, blocks_d, group_v, NUM_PROGRAMS)
+        first_row, first_col = (block_v * PARTS + PART) * ROWS, block_d * (2 * HALF_D)
+        if SUM_COLUMNS:
+            if block_d == block_v % blocks_d:  # one tile of a row, not always the same program's
+                left, right, sums, stage, phase = _product(
+                    ring, stage, phase, N, ones, PART, STAGES
+                )
+                rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, _SUM_LAYOUT))
+                so_far = gl.load(sums_ptr + rows, mask=rows < V, other=0.0)
+                row_sums = gl.sum(sums, 1) / SUM_COLUMNS  # of equal columns: exact
+                gl.store(sums_ptr + rows, so_far + row_sums, mask=rows < V)
+            else:
+                left, right, stage, phase = _product(ring, stage, phase, N, None, PART, STAGES)
+        else:
+            left, right, stage, phase = _product(ring, stage, phase, N, None, PART, STAGES)
+        buf = store_bufs.index(PART)
+        _put(out, buf, left.to(out.dtype), first_row, first_col, ADD)
+        _put(out, buf, right.to(out.dtype), first_row, first_col + HALF_D, ADD)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _ring(a, b, STAGES: gl.constexpr, PARTS: gl.constexpr):
+    """Buffers for steps of a product's operands, and two barriers for each: that they are here, and
+    that all warpgroups are done with them."""
+    a_bufs = gl.allocate_shared_memory(
+        a.dtype, [STAGES * PARTS, a.block_shape[0], a.block_shape[1]], a.layout
     )
-    weight_bufs = gl.allocate_shared_memory(
-        weight.dtype, [STAGES * 2, weight.block_shape[0], weight.block_shape[1]], weight.layout
+    b_bufs = gl.allocate_shared_memory(
+        b.dtype, [STAGES * 2, b.block_shape[0], b.block_shape[1]], b.layout
     )
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -350,7 +458,7 @@ def _ring(input, weight, STAGES: gl.constexpr, PARTS: gl.constexpr):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=PARTS)
     fence_async_shared()
-    return input_bufs, weight_bufs, full, empty
+    return a_bufs, b_bufs, full, empty
 
 
 @gluon.jit(do_not_specialize=["first_id"])
@@ -466,7 +574,74 @@ def grad_logits_kernel(
     )  # fmt: skip
 
 
-_GLUON_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+@gluon.jit
+def weight_gradient_kernel(
+    grad,
+    input,
+    sums_ptr,
+    out,
+    V,
+    D,
+    N,
+    group_v,
+    NUM_PROGRAMS: gl.constexpr,
+    ADD: gl.constexpr,
+    SUM_COLUMNS: gl.constexpr,
+    PARTS: gl.constexpr,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    LOADER_REGISTERS: gl.constexpr,
+):
+    """out (V, D) = or += grad (V, N) input (N, D); with SUM_COLUMNS also sums (V,) += the sums of
+    grad's rows. Grad, input and out are descriptors.
+    """
+    ring = _ring(grad, input, STAGES, PARTS)
+    store_bufs = gl.allocate_shared_memory(
+        out.dtype, [PARTS, out.block_shape[0], out.block_shape[1]], out.layout
+    )
+    if SUM_COLUMNS:
+        BLOCK_N: gl.constexpr = grad.block_shape[1]
+        # As a tile of grad would lie there, of which its first rows are a part.
+        buf = gl.allocate_shared_memory(grad.dtype, [SUM_COLUMNS, BLOCK_N], grad.layout)
+        buf.store(gl.full([SUM_COLUMNS, BLOCK_N], 1.0, grad.dtype, _ONES_LAYOUT))
+        fence_async_shared()
+        ones = buf.permute((1, 0))
+    else:
+        ones, sums_ptr = ring[0].index(0), V  # no partition takes a None: what is not read
+    sizes = V, D, N, group_v
+    tensors = sums_ptr, out, store_bufs
+    gl.warp_specialize(
+        [
+            (_weight_gradients_of_tiles, (
+                0, ring, sizes, tensors, ones, NUM_PROGRAMS, ADD, SUM_COLUMNS, STAGES,
+            )),
+            (_weight_gradients_of_tiles, (
+                1, ring, sizes, tensors, ones, NUM_PROGRAMS, ADD, SUM_COLUMNS, STAGES,
+            )),
+            (_weight_gradients_of_tiles, (
+                2, ring, sizes, tensors, ones, NUM_PROGRAMS, ADD, SUM_COLUMNS, STAGES,
+            )),
+            (_load_tiles, (grad, input, ring, sizes, NUM_PROGRAMS, STAGES)),
+        ],
+        [4, 4, 1],
+        [REGISTERS, REGISTERS, LOADER_REGISTERS],
+    )  # fmt: skip
+
+
+# Arguments of every kernel here: who does what, with which means.
+_WORKERS: dict[str, Any] = {
+    "PARTS": _WARPGROUPS,
+    "STAGES": _STAGES,
+    "REGISTERS": _REGISTERS,
+    "LOADER_REGISTERS": _LOADER_REGISTERS,
+    "num_warps": 4,
+}
+
+_GLUON_DTYPES = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.float32: gl.float32,
+}
 
 
 def descriptor(
@@ -477,10 +652,10 @@ def descriptor(
     return TensorDescriptor(matrix, shape, strides, block, layout)
 
 
-def _group(form: LogitsForm) -> int:
-    """Token blocks that sweep the vocabulary together, in groups of about equal size."""
-    groups = max(1, round(form.token_blocks / _GROUP_BLOCKS))
-    return ceil_div(form.token_blocks, groups)
+def _group(blocks: int) -> int:
+    """Blocks of rows that sweep the columns together, in groups of about equal size."""
+    groups = max(1, round(blocks / _GROUP_BLOCKS))
+    return ceil_div(blocks, groups)
 
 
 @prepared
@@ -523,6 +698,47 @@ def gradients(
     return Prepared(grad_logits_kernel, **arguments, **_tile_arguments(form, blocks))
 
 
+@prepared
+def weight_gradient(
+    shape: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    dtypes: tuple[torch.dtype, torch.dtype],
+    programs: int,
+    accumulate: bool,
+    sums: bool,
+) -> Prepared:
+    """A part of dC: takes G^T, input, None or where the sums of G^T's rows are added to, and out.
+
+    Args:
+        shape: V rows of G^T, N tokens, D.
+        strides: of the rows of G^T, input and out.
+        dtypes: of G^T and input, and of out.
+        programs: see `tuning.config_for`.
+        accumulate: add to out, which is in fp32 then.
+        sums: add the row sums.
+    """
+    del strides, dtypes  # what is prepared holds for them alone
+    vocab, tokens, hidden = shape
+    row_blocks = ceil_div(vocab, HOPPER_ROWS)
+    return Prepared(
+        weight_gradient_kernel,
+        min(programs, row_blocks * ceil_div(hidden, 2 * _HALF_V)),
+        V=vocab,
+        D=hidden,
+        N=tokens,
+        group_v=_group(row_blocks),
+        NUM_PROGRAMS=programs,
+        ADD=accumulate,
+        SUM_COLUMNS=_SUM_COLUMNS if sums else 0,
+        blocks={
+            "grad": (_ROWS, _BLOCK_D),
+            "input": (_BLOCK_D, _HALF_V),
+            "out": (_ROWS, _STORED_COLUMNS),
+        },
+        **_WORKERS,
+    )
+
+
 def _tile_arguments(form: LogitsForm, blocks: dict[str, tuple[int, int]]) -> dict[str, Any]:
     assert form.config.block_v == 2 * _HALF_V, "statistics are of tiles of that width"
     return {
@@ -534,12 +750,8 @@ def _tile_arguments(form: LogitsForm, blocks: dict[str, tuple[int, int]]) -> dic
         "grid": min(form.programs, form.tiles),
         "D": form.shape[2],
         "NUM_PROGRAMS": form.programs,
-        "PARTS": _WARPGROUPS,
-        "STAGES": _STAGES,
-        "group_n": _group(form),
-        "REGISTERS": _REGISTERS,
-        "LOADER_REGISTERS": _LOADER_REGISTERS,
-        "num_warps": 4,
+        "group_n": _group(form.token_blocks),
+        **_WORKERS,
         "blocks": {
             "input": (_ROWS, _BLOCK_D),
             "weight": (_HALF_V, _BLOCK_D),

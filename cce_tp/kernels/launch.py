@@ -271,7 +271,7 @@ class LogitsForm(NamedTuple):
     @property
     def token_blocks(self) -> int:
         """Number of tiles that cover the tokens."""
-        rows = tuning.HOPPER_TOKENS if self.warpgroups else self.config.block_n
+        rows = tuning.HOPPER_ROWS if self.warpgroups else self.config.block_n
         return tuning.ceil_div(self.shape[0], rows)
 
     @property

@@ -167,8 +167,15 @@ def _has_gluon() -> bool:
     return triton.__version__.startswith(("3.6.", "3.7."))
 
 
-# Tokens of a tile in `kernels.hopper`, and of each of its warpgroups.
-HOPPER_TOKENS = 192
+def _is_hopper(index: int) -> bool:
+    """Whether `kernels.hopper` runs on a device."""
+    return _device_properties(index)[0] == 90 and _has_gluon()
+
+
+# Rows (tokens, or of dC) and columns of a tile in `kernels.hopper`.
+HOPPER_ROWS = 192
+_TILE_COLUMNS = 256
+# Rows of each warpgroup.
 _WARPGROUP_TOKENS = 64
 # What a tile with tokens for one or for two of three warpgroups alone takes, in tokens of a full
 # one, and what a launch takes beside its tiles. Measured on an H100 at D = 4096.
@@ -186,19 +193,67 @@ def use_warpgroups(input: Tensor, vocab: int, config: TileConfig, programs: int)
     somebody has measured."""
     if is_interpreted() or input.element_size() != 2 or config != _CONFIGS[90, 2]:
         return False
-    capability, _ = _device_properties(input.device.index or 0)
-    return capability == 90 and _has_gluon() and warpgroups_pay(len(input), vocab, programs)
+    return _is_hopper(input.device.index or 0) and warpgroups_pay(len(input), vocab, programs)
 
 
 def warpgroups_pay(num_tokens: int, vocab: int, programs: int) -> bool:
     """`use_warpgroups`, on Hopper."""
     config = _CONFIGS[90, 2]
     columns = ceil_div(vocab, config.block_v)
-    whole, rest = divmod(num_tokens, HOPPER_TOKENS)
-    row = whole * HOPPER_TOKENS + _PART_COSTS.get(ceil_div(rest, _WARPGROUP_TOKENS), HOPPER_TOKENS)
+    whole, rest = divmod(num_tokens, HOPPER_ROWS)
+    row = whole * HOPPER_ROWS + _PART_COSTS.get(ceil_div(rest, _WARPGROUP_TOKENS), HOPPER_ROWS)
     tiles = ceil_div(num_tokens, config.block_n) * columns
     others = ceil_div(tiles, programs) * config.block_n
     return row * columns / programs + _LAUNCH_COST <= 1.012 * others
+
+
+# What the vendor's product takes beside one of `kernels.hopper`, where neither leaves tiles unused.
+# Measured on an H100 for 8192 terms, D from 2304 to 8192, at 25,344 rows 1.005 to 1.02, added to
+# fp32 1.015 to 1.04; for 4096 to 512 terms 1.006 to 1.07, and 1.02 to 1.2. Of 30 other sizes this
+# model chose what is slower in four, by 0.1% to 0.4%, one of them by 1.8% when added to fp32.
+_VENDOR_COST = 1.015
+# Rows of its tiles, and what a second product costs beside them.
+_VENDOR_ROWS = 128
+_SECOND_PRODUCT = 24
+# What must be used of the tiles here.
+_LEAST_USE = 0.96
+# The fewest terms for which that was measured.
+_LEAST_DEPTH = 512
+
+
+def rows_for_warpgroups(out: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> int:
+    """How many rows, the first ones, of out = or += a @ b `kernels.hopper` is to make.
+
+    Args:
+        out: (M, N).
+        a, b: (M, K) and (K, N).
+        accumulate: whether out is added to.
+    """
+    if is_interpreted() or a.element_size() != 2 or not _is_hopper(a.device.index or 0):
+        return 0
+    rounded_once = out.dtype == torch.float32 or (out.dtype == a.dtype and not accumulate)
+    if not rounded_once or a.shape[1] < _LEAST_DEPTH or not use_descriptors(out, a, b):
+        return 0
+    return product_rows(len(a), b.shape[1], config_for(a)[1])
+
+
+@functools.lru_cache(maxsize=256)
+def product_rows(rows: int, columns: int, programs: int) -> int:
+    """`rows_for_warpgroups`, on Hopper: so many that rounding up to whole tiles, and to rounds
+    of a tile for each program, costs least, the vendor's product making the others."""
+    across = ceil_div(columns, _TILE_COLUMNS)
+
+    def time(count: int, tile_rows: int) -> int:
+        return ceil_div(ceil_div(count, tile_rows) * across, programs) * tile_rows
+
+    def price(count: int) -> float:
+        ours, used = time(count, HOPPER_ROWS), count * columns / (programs * _TILE_COLUMNS)
+        if used < _LEAST_USE * ours:
+            return math.inf
+        second = _SECOND_PRODUCT if 0 < count < rows else 0
+        return ours + second + _VENDOR_COST * time(rows - count, _VENDOR_ROWS)
+
+    return min((0, *range(HOPPER_ROWS, rows, HOPPER_ROWS), rows), key=price)
 
 
 def use_branch_descriptor(matrix: Tensor) -> bool:
