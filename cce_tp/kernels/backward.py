@@ -74,10 +74,13 @@ def gradient_of(
     HAS_SMOOTHING: tl.constexpr,
     HAS_Z_LOSS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    SPECIAL: tl.constexpr = None,
 ):
     """From a tile of logits x (tokens, BLOCK_V), the numbers of its columns, and its `token_terms`:
     the gradient of each token's own loss with respect to y, the logit before the cap, times factor
-    (tokens,); 0 for masked tokens."""
+    (tokens,); 0 for masked tokens.
+
+    SPECIAL, of tiles without a cap: what `is_special` says, or None if that is to be asked here."""
     p = tl.exp2((x - max_x[:, None]) * LOG2E - (log_sum * LOG2E)[:, None])
     # What is the same for all columns goes into one factor of p and one term.
     of_p = factor
@@ -101,10 +104,21 @@ def gradient_of(
         if tl.max(masked.to(tl.int32), axis=0) > 0:
             g = tl.where(masked[:, None], 0.0, g)
     else:
-        if tl.max((here | masked).to(tl.int32), axis=0) > 0:
+        if SPECIAL is None:
+            if tl.max((here | masked).to(tl.int32), axis=0) > 0:
+                g -= tl.where(in_tile[None, :] == target[:, None], at_target, 0.0)
+                g = tl.where(masked[:, None], 0.0, g)
+        elif SPECIAL:
             g -= tl.where(in_tile[None, :] == target[:, None], at_target, 0.0)
             g = tl.where(masked[:, None], 0.0, g)
     return g
+
+
+@triton.jit
+def is_special(target, grad, BLOCK_V: tl.constexpr):
+    """Whether a token is masked, or has its target among BLOCK_V columns from 0 on."""
+    here = (target >= 0) & (target < BLOCK_V)
+    return tl.max((here | (grad == 0.0)).to(tl.int32), axis=0) > 0
 
 
 @triton.jit(do_not_specialize=["first_id"])

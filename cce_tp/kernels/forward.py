@@ -35,35 +35,44 @@ from cce_tp.workspace import blocks, for_buffers
 
 
 @triton.jit
-def masked_tile(
-    x,
-    rows,
-    in_tile,
-    first_col,
-    target_ptr,
-    merged_ptr,
-    N,
-    V,
-    first_id,
-    BLOCK_V: tl.constexpr,
-):
-    """A tile of logits with -inf beyond V, its rows' maxima, and what exponentials are taken below.
+def mask_columns(x, in_tile, first_col, V, BLOCK_V: tl.constexpr, MASK_ALL: tl.constexpr):
+    """A tile of logits with -inf beyond V; in_tile (BLOCK_V,): the columns less first_col.
 
-    Stores the logits of the targets that are in it. rows (tokens,), in_tile (BLOCK_V,): the token
-    numbers, and the columns less first_col."""
-    # A mask also where V is a multiple of the tile: without it what follows reads the accumulator
-    # itself, and in Triton the matrix instructions of the next tile wait for it (1.38 gemm and not
-    # 1.07).
-    x = tl.where((first_col + in_tile < V)[None, :], x, float("-inf"))
+    MASK_ALL: the mask also where nothing is beyond V. Without it what follows reads the accumulator
+    itself, and in Triton's kernel the matrix instructions of the next tile wait for it (1.38 gemm
+    and not 1.07). But it is half of all instructions here."""
+    if MASK_ALL:
+        return tl.where((first_col + in_tile < V)[None, :], x, float("-inf"))
+    if first_col + BLOCK_V > V:
+        x = tl.where((first_col + in_tile < V)[None, :], x, float("-inf"))
+    return x
+
+
+@triton.jit
+def targets_here(target_ptr, rows, first_col, N, V, first_id, BLOCK_V: tl.constexpr):
+    """Of the tokens `rows`: the target's column less first_col, whether it is in this tile, and
+    whether any is."""
     target = target_column(target_ptr, rows, N, first_id, V) - first_col
     here = (target >= 0) & (target < BLOCK_V)
+    return target, here, tl.max(here.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def store_target_logits(x, rows, in_tile, targets, merged_ptr, N):
+    """From a masked tile and its `targets_here`."""
+    target, here, any_here = targets
     # Most tiles hold no target: a branch costs less than a search of each. It must not read the
     # accumulator itself, or the matrix instructions of the next tile wait for it.
-    if tl.max(here.to(tl.int32), axis=0) > 0:
+    if any_here:
         found = tl.where(in_tile[None, :] == target[:, None], x, 0.0)
         tl.store(merged_ptr + 2 * N + rows, tl.sum(found, axis=1), mask=here)
+
+
+@triton.jit
+def row_maxima(x):
+    """Of a masked tile, and what exponentials are taken below."""
     max_x = tl.max(x, axis=1)
-    return x, max_x, tl.where(max_x == float("-inf"), 0.0, max_x)
+    return max_x, tl.where(max_x == float("-inf"), 0.0, max_x)
 
 
 @triton.jit
@@ -99,7 +108,7 @@ def store_statistics(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """All statistics of a `masked_tile`, into tile number block_v of tiles_ptr; sum_x (tokens,) of
+    """All statistics of a masked tile, into tile number block_v of tiles_ptr; sum_x (tokens,) of
     the logits themselves, with LOGIT_SUM."""
     exp_x, mend = exp_below(x, base)
     cols = block_v * BLOCK_V + in_tile
@@ -197,9 +206,11 @@ def tile_statistics_kernel(
         if LOGIT_SUM:
             in_range = (block_v * BLOCK_V + in_tile < V)[None, :]
             sum_x = tl.sum(tl.where(in_range, x, 0.0), axis=1)
-        x, max_x, base = masked_tile(
-            x, rows, in_tile, block_v * BLOCK_V, target_ptr, merged_ptr, N, V, first_id, BLOCK_V
-        )
+        first_col = block_v * BLOCK_V
+        x = mask_columns(x, in_tile, first_col, V, BLOCK_V, True)
+        targets = targets_here(target_ptr, rows, first_col, N, V, first_id, BLOCK_V)
+        store_target_logits(x, rows, in_tile, targets, merged_ptr, N)
+        max_x, base = row_maxima(x)
         if KEEP:
             if block_v * BLOCK_V < keep_V:
                 store_tile(

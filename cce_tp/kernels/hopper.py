@@ -93,16 +93,19 @@ def _twin(function: Any) -> Any:
     return _twins[plain.__name__]
 
 
-_grouped_block = _twin(tile.grouped_block)
 _halves = _twin(tile.halves)
 _twin(tile.multiply_add)
 _twin(tile.target_column)
 _twin(tile.exp_below)
-_masked_tile = _twin(forward.masked_tile)
+_mask_columns = _twin(forward.mask_columns)
+_targets_here = _twin(forward.targets_here)
+_store_target_logits = _twin(forward.store_target_logits)
+_row_maxima = _twin(forward.row_maxima)
 _below_base = _twin(forward.below_base)
 _store_statistics = _twin(forward.store_statistics)
 _token_terms = _twin(backward.token_terms)
 _gradient_of = _twin(backward.gradient_of)
+_is_special = _twin(backward.is_special)
 
 
 @builtin
@@ -115,13 +118,19 @@ def _add_shared_to_global(tensor_desc, coord, src, _semantic: Any = None):
 
 
 @gluon.jit
-def _tile(number, blocks_n, blocks_v, group_n, NUM_PROGRAMS: gl.constexpr):
-    """`tile.grouped_block`, but a program, which takes every NUM_PROGRAMS-th tile, is not always
-    given the same row block of a group: the last one may have fewer tokens."""
-    block_n, block_v = _grouped_block(number, blocks_n, blocks_v, group_n)
-    first = (block_n // group_n) * group_n
-    rows = gl.minimum(blocks_n - first, group_n)
-    return first + (block_n - first + block_v * rows // NUM_PROGRAMS) % rows, block_v
+def _tile(number, blocks_m, blocks_n, group):
+    """(row block, column block) of a tile: `tile.grouped_block` in fewer instructions, since every
+    warp works it out, and with the row blocks of a group turned now and then: a program takes every
+    NUM_PROGRAMS-th tile, but not always the same row block, of which the last may have fewer rows.
+    """
+    per_group = group * blocks_n
+    number = number.to(gl.uint32)
+    groups = (number // per_group.to(gl.uint32)).to(gl.int32)
+    within = number.to(gl.int32) - groups * per_group
+    rows = gl.maximum(gl.minimum(blocks_m - groups * group, group), 1)  # 1 beyond the last tile
+    block_n = (within.to(gl.uint32) // rows.to(gl.uint32)).to(gl.int32)
+    turned = within - block_n * rows + gl.where(rows >= 4, (block_n >> 5) & 3, 0)
+    return groups * group + gl.where(turned < rows, turned, turned - rows), block_n
 
 
 @gluon.jit
@@ -160,7 +169,7 @@ def _load_tiles(
     blocks_n = gl.cdiv(N, 2 * HALF)
     stage, phase = 0, 0
     for number in range(gl.program_id(0), blocks_m * blocks_n, NUM_PROGRAMS):
-        block_m, block_n = _tile(number, blocks_m, blocks_n, group, NUM_PROGRAMS)
+        block_m, block_n = _tile(number, blocks_m, blocks_n, group)
         for k in range(0, K, BLOCK_K):
             mbarrier.wait(empty.index(stage), phase ^ 1)
             arrived = full.index(stage)
@@ -185,9 +194,9 @@ def _k_first(buf, BLOCK_K: gl.constexpr):
 
 @gluon.jit
 def _product(ring, stage, phase, K, ones, PART: gl.constexpr, STAGES: gl.constexpr):
-    """Sums of one tile for warpgroup number PART, (ROWS, BLOCK_N / 2) fp32 each of its left and
-    right columns; unless `ones` is None, those of its rows of `a` times that; and where in the ring
-    the next tile begins.
+    """Begin the sums of one tile for warpgroup number PART, (ROWS, BLOCK_N / 2) fp32 each of its
+    left and right columns; unless `ones` is None, those of its rows of `a` times that; and where in
+    the ring the next tile begins. `_finish` waits for them.
 
     In halves, as one instruction for all would need more registers than ptxas grants a kernel of so
     many threads."""
@@ -219,14 +228,17 @@ def _product(ring, stage, phase, K, ones, PART: gl.constexpr, STAGES: gl.constex
         mbarrier.arrive(empty.index(_previous(stage, STAGES)), pred=step > 0)
         stage, phase = _next(stage, phase, STAGES)
     if ones is not None:
-        done_left, done_right, done_sums = warpgroup_mma_wait(0, deps=(left, right, sums))
+        return left, right, sums, stage, phase
     else:
-        done_left, done_right = warpgroup_mma_wait(0, deps=(left, right))
-    mbarrier.arrive(empty.index(_previous(stage, STAGES)))
-    if ones is not None:
-        return done_left, done_right, done_sums, stage, phase
-    else:
-        return done_left, done_right, stage, phase
+        return left, right, stage, phase
+
+
+@gluon.jit
+def _finish(ring, stage, sums, STAGES: gl.constexpr):
+    """Wait for the sums that `_product` has begun. What does not depend on them is done before."""
+    done = warpgroup_mma_wait(0, deps=sums)
+    mbarrier.arrive(ring[3].index(_previous(stage, STAGES)))
+    return done
 
 
 @gluon.jit
@@ -290,19 +302,23 @@ def _statistics_of_tiles(
     blocks_v = gl.cdiv(V, BLOCK_V)
     in_tile = gl.arange(0, BLOCK_V, layout=gl.SliceLayout(0, _WHOLE_LAYOUT))
     stage, phase = 0, 0
+    next_m, next_n = _tile(gl.program_id(0), blocks_n, blocks_v, group_n)
     for number in range(gl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS):
-        block_n, block_v = _tile(number, blocks_n, blocks_v, group_n, NUM_PROGRAMS)
+        block_n, block_v = next_m, next_n
         first_row, first_col = (block_n * PARTS + PART) * TOKENS, block_v * BLOCK_V
         if first_row < N:
             left, right, stage, phase = _product(ring, stage, phase, D, None, PART, STAGES)
+            rows = first_row + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, _WHOLE_LAYOUT))
+            targets = _targets_here(target_ptr, rows, first_col, N, V, first_id, BLOCK_V)
+            next_m, next_n = _tile(number + NUM_PROGRAMS, blocks_n, blocks_v, group_n)
+            left, right = _finish(ring, stage, (left, right), STAGES)
             x = gl.join(left, right).permute((0, 2, 1)).reshape([TOKENS, BLOCK_V])
             x = gl.convert_layout(x, _WHOLE_LAYOUT)
-            rows = first_row + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, _WHOLE_LAYOUT))
             if HAS_SCALE:
                 x *= logit_scale
-            x, max_x, base = _masked_tile(
-                x, rows, in_tile, first_col, target_ptr, merged_ptr, N, V, first_id, BLOCK_V
-            )
+            x = _mask_columns(x, in_tile, first_col, V, BLOCK_V, False)
+            _store_target_logits(x, rows, in_tile, targets, merged_ptr, N)
+            max_x, base = _row_maxima(x)
             if KEEP:
                 if first_col < keep_V:
                     below = _halves(_below_base(x, base, False))
@@ -314,9 +330,42 @@ def _statistics_of_tiles(
                 ROWS, False, False, False, False, MASSES, False, BLOCK_V,
             )  # fmt: skip
         else:
+            next_m, next_n = _tile(number + NUM_PROGRAMS, blocks_n, blocks_v, group_n)
             stage, phase = _skip_product(ring, stage, phase, D, STAGES)
     if KEEP:
         tma.store_wait(0)
+
+
+@gluon.jit
+def _store_gradients(
+    x,
+    of_token,
+    in_half,
+    at,
+    tensors,
+    terms,
+    PART: gl.constexpr,
+    HAS_SMOOTHING: gl.constexpr,
+    HAS_Z_LOSS: gl.constexpr,
+    HAS_SCALE: gl.constexpr,
+    SPECIAL: gl.constexpr,
+):
+    """From both halves of a tile of logits at (row, column)."""
+    out, store_bufs = tensors
+    logit_scale, z_loss, onehot_weight, uniform_weight = terms
+    target, grad, max_x, log_sum = of_token
+    HALF_V: gl.constexpr = x[0].shape[1]
+    factor = grad * logit_scale if HAS_SCALE else grad
+    for i in gl.static_range(2):
+        half = x[i]
+        if HAS_SCALE:
+            half *= logit_scale
+        g = _gradient_of(
+            half, target - i * HALF_V, grad, factor, max_x, log_sum, in_half,
+            1.0, z_loss, onehot_weight, uniform_weight,
+            HALF_V, HAS_SMOOTHING, HAS_Z_LOSS, False, SPECIAL,
+        )  # fmt: skip
+        _store_transposed(out, store_bufs, g.to(out.dtype), at[1] + i * HALF_V, at[0], PART)
 
 
 @gluon.jit
@@ -324,7 +373,7 @@ def _gradients_of_tiles(
     PART: gl.constexpr,
     ring,
     sizes,
-    terms,
+    first_id,
     tensors,
     coefficients,
     NUM_PROGRAMS: gl.constexpr,
@@ -336,9 +385,7 @@ def _gradients_of_tiles(
     """What warpgroup number PART does for G^T."""
     input_bufs, weight_bufs, _, _ = ring
     N, V, D, group_n = sizes
-    first_id, logit_scale = terms
-    target_ptr, grad_ptr, max_ptr, log_sum_ptr, out, store_bufs = tensors
-    z_loss, onehot_weight, uniform_weight = coefficients
+    target_ptr, grad_ptr, max_ptr, log_sum_ptr, outs = tensors
     TOKENS: gl.constexpr = input_bufs.shape[1]
     PARTS: gl.constexpr = input_bufs.shape[0] // STAGES
     HALF_V: gl.constexpr = weight_bufs.shape[1]
@@ -347,7 +394,7 @@ def _gradients_of_tiles(
     in_half = gl.arange(0, HALF_V, layout=gl.SliceLayout(0, _HALF_LAYOUT))
     stage, phase = 0, 0
     for number in range(gl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS):
-        block_n, block_v = _tile(number, blocks_n, blocks_v, group_n, NUM_PROGRAMS)
+        block_n, block_v = _tile(number, blocks_n, blocks_v, group_n)
         first_row, first_col = (block_n * PARTS + PART) * TOKENS, block_v * (2 * HALF_V)
         if first_row < N:
             left, right, stage, phase = _product(ring, stage, phase, D, None, PART, STAGES)
@@ -355,19 +402,19 @@ def _gradients_of_tiles(
             of_token = _token_terms(
                 target_ptr, grad_ptr, max_ptr, log_sum_ptr, rows, first_col, N, V, first_id
             )
-            for i in gl.static_range(2):
-                x = left if i == 0 else right
-                col = first_col + i * HALF_V
-                target, grad, max_x, log_sum = of_token
-                if HAS_SCALE:
-                    x *= logit_scale
-                factor = grad * logit_scale if HAS_SCALE else grad
-                g = _gradient_of(
-                    x, target - i * HALF_V, grad, factor, max_x, log_sum, in_half,
-                    1.0, z_loss, onehot_weight, uniform_weight,
-                    HALF_V, HAS_SMOOTHING, HAS_Z_LOSS, False,
+            left, right = _finish(ring, stage, (left, right), STAGES)
+            # Two ways for the tile as a whole: a branch around a few instructions for each element
+            # becomes their selection, which costs a third of all instructions here.
+            if _is_special(of_token[0], of_token[1], 2 * HALF_V):
+                _store_gradients(
+                    (left, right), of_token, in_half, (first_row, first_col), outs, coefficients,
+                    PART, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, True,
                 )  # fmt: skip
-                _store_transposed(out, store_bufs, g.to(out.dtype), col, first_row, PART)
+            else:
+                _store_gradients(
+                    (left, right), of_token, in_half, (first_row, first_col), outs, coefficients,
+                    PART, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, False,
+                )  # fmt: skip
         else:
             stage, phase = _skip_product(ring, stage, phase, D, STAGES)
     tma.store_wait(0)
@@ -420,22 +467,27 @@ def _weight_gradients_of_tiles(
     blocks_v = gl.cdiv(V, PARTS * ROWS)
     blocks_d = gl.cdiv(D, 2 * HALF_D)
     stage, phase = 0, 0
+    next_m, next_n = _tile(gl.program_id(0), blocks_v, blocks_d, group_v)
     for number in range(gl.program_id(0), blocks_v * blocks_d, NUM_PROGRAMS):
-        block_v, block_d = _tile(number, blocks_v, blocks_d, group_v, NUM_PROGRAMS)
+        block_v, block_d = next_m, next_n
         first_row, first_col = (block_v * PARTS + PART) * ROWS, block_d * (2 * HALF_D)
         if SUM_COLUMNS:
             if block_d == block_v % blocks_d:  # one tile of a row, not always the same program's
                 left, right, sums, stage, phase = _product(
                     ring, stage, phase, N, ones, PART, STAGES
                 )
+                left, right, sums = _finish(ring, stage, (left, right, sums), STAGES)
                 rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, _SUM_LAYOUT))
                 so_far = gl.load(sums_ptr + rows, mask=rows < V, other=0.0)
                 row_sums = gl.sum(sums, 1) / SUM_COLUMNS  # of equal columns: exact
                 gl.store(sums_ptr + rows, so_far + row_sums, mask=rows < V)
             else:
                 left, right, stage, phase = _product(ring, stage, phase, N, None, PART, STAGES)
+                left, right = _finish(ring, stage, (left, right), STAGES)
         else:
             left, right, stage, phase = _product(ring, stage, phase, N, None, PART, STAGES)
+            left, right = _finish(ring, stage, (left, right), STAGES)
+        next_m, next_n = _tile(number + NUM_PROGRAMS, blocks_v, blocks_d, group_v)
         buf = store_bufs.index(PART)
         _put(out, buf, left.to(out.dtype), first_row, first_col, ADD)
         _put(out, buf, right.to(out.dtype), first_row, first_col + HALF_D, ADD)
@@ -550,21 +602,21 @@ def grad_logits_kernel(
     store_bufs = gl.allocate_shared_memory(
         out.dtype, [2 * PARTS, out.block_shape[0], out.block_shape[1]], out.layout
     )
-    sizes, terms = (N, V, D, group_n), (first_id, logit_scale)
-    tensors = target_ptr, grad_ptr, max_ptr, log_sum_ptr, out, store_bufs
-    coefficients = z_loss, onehot_weight, uniform_weight
+    sizes = N, V, D, group_n
+    tensors = target_ptr, grad_ptr, max_ptr, log_sum_ptr, (out, store_bufs)
+    coefficients = logit_scale, z_loss, onehot_weight, uniform_weight
     gl.warp_specialize(
         [
             (_gradients_of_tiles, (
-                0, ring, sizes, terms, tensors, coefficients, NUM_PROGRAMS,
+                0, ring, sizes, first_id, tensors, coefficients, NUM_PROGRAMS,
                 HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, STAGES,
             )),
             (_gradients_of_tiles, (
-                1, ring, sizes, terms, tensors, coefficients, NUM_PROGRAMS,
+                1, ring, sizes, first_id, tensors, coefficients, NUM_PROGRAMS,
                 HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, STAGES,
             )),
             (_gradients_of_tiles, (
-                2, ring, sizes, terms, tensors, coefficients, NUM_PROGRAMS,
+                2, ring, sizes, first_id, tensors, coefficients, NUM_PROGRAMS,
                 HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, STAGES,
             )),
             (_load_tiles, (input, weight, ring, sizes, NUM_PROGRAMS, STAGES)),
