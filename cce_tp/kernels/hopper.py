@@ -98,6 +98,7 @@ _twin(tile.multiply_add)
 _twin(tile.target_column)
 _twin(tile.exp_below)
 _mask_columns = _twin(forward.mask_columns)
+_logit_sums = _twin(forward.logit_sums)
 _targets_here = _twin(forward.targets_here)
 _store_target_logits = _twin(forward.store_target_logits)
 _row_maxima = _twin(forward.row_maxima)
@@ -284,6 +285,7 @@ def _statistics_of_tiles(
     kept,
     NUM_PROGRAMS: gl.constexpr,
     ROWS: gl.constexpr,
+    LOGIT_SUM: gl.constexpr,
     MASSES: gl.constexpr,
     KEEP: gl.constexpr,
     HAS_SCALE: gl.constexpr,
@@ -316,6 +318,10 @@ def _statistics_of_tiles(
             x = gl.convert_layout(x, _WHOLE_LAYOUT)
             if HAS_SCALE:
                 x *= logit_scale
+            if LOGIT_SUM:
+                sum_x = _logit_sums(x, in_tile, first_col, V, BLOCK_V, False)
+            else:
+                sum_x = 0.0
             x = _mask_columns(x, in_tile, first_col, V, BLOCK_V, False)
             _store_target_logits(x, rows, in_tile, targets, merged_ptr, N)
             max_x, base = _row_maxima(x)
@@ -326,8 +332,8 @@ def _statistics_of_tiles(
                     _store_transposed(keep, store_bufs, below[0], first_col, first_row, PART)
                     _store_transposed(keep, store_bufs, below[1], right_col, first_row, PART)
             _store_statistics(
-                x, max_x, max_x, base, rows, in_tile, block_v, target_ptr, tiles_ptr, N, V, 1.0,
-                ROWS, False, False, False, False, MASSES, False, BLOCK_V,
+                x, sum_x, max_x, base, rows, in_tile, block_v, target_ptr, tiles_ptr, N, V, 1.0,
+                ROWS, LOGIT_SUM, False, False, False, MASSES, False, BLOCK_V,
             )  # fmt: skip
         else:
             next_m, next_n = _tile(number + NUM_PROGRAMS, blocks_n, blocks_v, group_n)
@@ -530,6 +536,7 @@ def tile_statistics_kernel(
     logit_scale,
     NUM_PROGRAMS: gl.constexpr,
     ROWS: gl.constexpr,
+    LOGIT_SUM: gl.constexpr,
     MASSES: gl.constexpr,
     KEEP: gl.constexpr,
     HAS_SCALE: gl.constexpr,
@@ -553,15 +560,15 @@ def tile_statistics_kernel(
         [
             (_statistics_of_tiles, (
                 0, ring, sizes, terms, tensors, kept,
-                NUM_PROGRAMS, ROWS, MASSES, KEEP, HAS_SCALE, STAGES,
+                NUM_PROGRAMS, ROWS, LOGIT_SUM, MASSES, KEEP, HAS_SCALE, STAGES,
             )),
             (_statistics_of_tiles, (
                 1, ring, sizes, terms, tensors, kept,
-                NUM_PROGRAMS, ROWS, MASSES, KEEP, HAS_SCALE, STAGES,
+                NUM_PROGRAMS, ROWS, LOGIT_SUM, MASSES, KEEP, HAS_SCALE, STAGES,
             )),
             (_statistics_of_tiles, (
                 2, ring, sizes, terms, tensors, kept,
-                NUM_PROGRAMS, ROWS, MASSES, KEEP, HAS_SCALE, STAGES,
+                NUM_PROGRAMS, ROWS, LOGIT_SUM, MASSES, KEEP, HAS_SCALE, STAGES,
             )),
             (_load_tiles, (input, weight, ring, sizes, NUM_PROGRAMS, STAGES)),
         ],
@@ -712,21 +719,27 @@ def _group(blocks: int) -> int:
 
 @prepared
 def statistics(
-    form: LogitsForm, tile_rows: int, keep: tuple[int, int] | None, masses: bool
+    form: LogitsForm,
+    tile_rows: int,
+    keep: tuple[int, int] | None,
+    masses: bool,
+    logit_sum: bool,
 ) -> Prepared:
-    """`forward.tile_statistics` without options: takes input, weight, target, keep, tiles, merged.
+    """`forward.tile_statistics`: takes input, weight, target, keep, tiles, merged.
 
     Args:
         form: of the logits, without bias and cap.
         tile_rows: rows of the statistics of a tile.
         keep: columns to keep, and the stride of their rows; or None.
         masses: as there.
+        logit_sum: the only one of the optional statistics that is known here.
     """
     blocks = {} if keep is None else {"keep": (_STORED_COLUMNS, _ROWS)}
     return Prepared(
         tile_statistics_kernel,
         keep_V=0 if keep is None else keep[0],
         ROWS=tile_rows,
+        LOGIT_SUM=logit_sum,
         MASSES=masses,
         KEEP=keep is not None,
         **_tile_arguments(form, blocks),
