@@ -37,7 +37,7 @@ from cce_tp.kernels.tile import (
     target_column,
 )
 from cce_tp.kernels.tuning import ceil_div
-from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient
+from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient, rows_of
 
 # Tokens, columns and warps of a program that makes G of kept logits. Of eleven choices the fastest
 # on an H200: 142 us for 16384 columns of 8192 tokens, where copying them takes 128 and this with
@@ -407,10 +407,10 @@ def weight_product(
 ) -> None:
     """`products.weight_product`, of as many rows as that is faster for by a kernel for Hopper."""
     rows = tuning.rows_for_warpgroups(out, grad_VN, input, accumulate)
+    (vocab, tokens), hidden = grad_VN.shape, input.shape[1]
     if rows:
         from cce_tp.kernels import hopper
 
-        (_, tokens), hidden = grad_VN.shape, input.shape[1]
         strides = grad_VN.stride(0), input.stride(0), out.stride(0)
         programs = tuning.config_for(grad_VN)[1]
         run = hopper.weight_gradient(
@@ -421,10 +421,11 @@ def weight_product(
             accumulate,
             sums is not None,
         )
-        run(grad_VN[:rows], input, sums, out[:rows])
-    if rows < len(grad_VN):
-        rest = None if sums is None else sums[rows:]
-        products.weight_product(out[rows:], grad_VN[rows:], input, accumulate=accumulate, sums=rest)
+        run(rows_of(grad_VN, 0, rows), input, sums, rows_of(out, 0, rows))
+    if rows < vocab:
+        rest = None if sums is None else rows_of(sums, rows, vocab)
+        out, grad_VN = rows_of(out, rows, vocab), rows_of(grad_VN, rows, vocab)
+        products.weight_product(out, grad_VN, input, accumulate=accumulate, sums=rest)
 
 
 @prepared
