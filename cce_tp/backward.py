@@ -29,7 +29,7 @@ from cce_tp.problem import (
     rows_of,
     statistics_dtype,
 )
-from cce_tp.products import InputSum, add_product, copies_operands, row_sums
+from cce_tp.products import InputSum, add_product, copies_operands, row_sums, weight_product
 from cce_tp.sharding import TokenGather
 from cce_tp.workspace import (
     BackwardSizes,
@@ -769,7 +769,10 @@ class _BackwardPass:
                 out, grad_VN, inputs, kept, of_input=False, accumulate=accumulate
             )
             return
-        self.backend.weight_product(out, grad_VN, inputs, accumulate=accumulate, sums=sums)
+        # A kernel's launch is worked out once for a size, and how many rows are gathered depends on
+        # the data.
+        product = weight_product if self.gathers else self.backend.weight_product
+        product(out, grad_VN, inputs, accumulate=accumulate, sums=sums)
 
     def _add_weight(
         self,

@@ -7,8 +7,9 @@ Where they run is decided by sizes; here, on a Hopper GPU, both are made to run 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -47,6 +48,8 @@ pytestmark = pytest.mark.no_poison
         ((1000, 50000, 4096), False),
         ((1, 128256, 4096), False),
         ((8192, 1, 512), False),
+        ((1, 128256, 64), False),
+        ((8192, 1, 64), False),
     ],
 )
 def test_where_they_are_the_faster_ones(sizes: tuple[int, int, int], faster: bool) -> None:
@@ -236,14 +239,56 @@ def test_gradients_have_the_same_bits(
     torch.testing.assert_close(found[0], expected, rtol=0.01, atol=1e-7)
 
 
+class _Int(int):
+    """A number as Gluon has it."""
+
+    def to(self, _: Any) -> _Int:
+        return self
+
+    def __add__(self, other: int) -> _Int:
+        return _Int(int(self) + other)
+
+    def __sub__(self, other: int) -> _Int:
+        return _Int(int(self) - other)
+
+    def __mul__(self, other: int) -> _Int:
+        return _Int(int(self) * other)
+
+    def __floordiv__(self, other: int) -> _Int:
+        return _Int(int(self) // other)
+
+
+@pytest.mark.skipif(not tuning._has_gluon(), reason="this Triton's Gluon is another")
+def test_every_tile_is_made_once_and_row_blocks_take_turns() -> None:
+    """For the last group of rows, too, which may have fewer of them; at 8192 tokens a program with
+    all tiles of the short last row block would be early, and the others late."""
+    from cce_tp.kernels import hopper as module
+
+    names = {"minimum": min, "maximum": max, "uint32": None, "int32": None}
+    names["where"] = lambda condition, one, other: one if condition else other
+    tile = FunctionType(module._tile.fn.__code__, {"gl": SimpleNamespace(**names)})
+
+    def order(rows: int, columns: int, group: int) -> list[tuple[int, int]]:
+        sizes = (_Int(rows), _Int(columns), _Int(group))
+        return [tile(_Int(number), *sizes) for number in range(rows * columns)]
+
+    for rows, columns in itertools.product((1, 2, 3, 4, 7, 8, 43), (1, 2, 33, 130, 501)):
+        for group in {1, 3, 4, rows, module._group(rows)}:
+            everything = set(itertools.product(range(rows), range(columns)))
+            assert set(order(rows, columns, group)) == everything
+    last = [block == 42 for block, _ in order(43, 1000, module._group(43))]
+    of_programs = [sum(last[program::132]) for program in range(132)]
+    assert min(of_programs) >= 6 and max(of_programs) <= 9  # of 7.6 on average
+
+
 @pytest.mark.parametrize(
     ("rows", "columns", "made"),
     [
         (25344, 4096, 25344),  # 16 rounds of 132 tiles
         (8448, 2304, 8448),
         (128256, 8192, 128256),
-        (16384, 4096, 15360),  # a tenth round would be hardly begun
-        # The only, or a third round hardly begun, or columns that leave a part of each tile unused.
+        (16384, 4096, 15360),  # an eleventh round would be hardly begun
+        # The last round a third or a half full, or columns that leave a part of each tile unused.
         (8448, 4096, 0),
         (12672, 2304, 0),
         (25344, 4104, 0),

@@ -1,10 +1,10 @@
 """Backward pass: the logits' gradient of a strip, and block-sparse products with it.
 
 The exact path needs kernel 1 only: it recomputes the logits of a strip of the vocabulary and
-writes their gradient, transposed, to a buffer; library products take it from there
-(`cce_tp.backward`). With the paper's filter kernel 1 also decides which tiles of G to keep, and
-kernel 2 multiplies the kept tiles alone. Every output element has one writer: no locks, no
-atomics.
+writes their gradient, transposed, to a buffer; products take it from there (`cce_tp.backward`),
+the library's or, for dC on Hopper, that of `kernels.hopper`. With the paper's filter kernel 1 also
+decides which tiles of G to keep, and kernel 2 multiplies the kept tiles alone. Every output element
+has one writer: no locks, no atomics.
 
 G^T is stored, (V, N), and not G: the rows of a vocabulary row's dC are then contiguous, so that
 G^T can live in the memory of dC itself, and the transposed store is the faster one on Hopper

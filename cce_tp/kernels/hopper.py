@@ -14,7 +14,7 @@ by themselves, so that one's exponentials run beside the others' products.
 
 Triton's interpreter does not know Gluon, which also changes from release to release: there, on
 other devices, in other releases, where the tiles do not fit (`tuning.use_warpgroups`,
-`tuning.warpgroup_rows`) and for operands that the bulk copy engine cannot address Triton's two
+`tuning.rows_for_warpgroups`) and for operands that the bulk copy engine cannot address Triton's two
 kernels and the vendor's product run. Triton's compute the same bits, but for G^T with z-loss or
 smoothing, which is the same to rounding, as is dC (`tests/test_hopper.py`).
 
@@ -130,7 +130,7 @@ def _tile(number, blocks_m, blocks_n, group):
     within = number.to(gl.int32) - groups * per_group
     rows = gl.maximum(gl.minimum(blocks_m - groups * group, group), 1)  # 1 beyond the last tile
     block_n = (within.to(gl.uint32) // rows.to(gl.uint32)).to(gl.int32)
-    turned = within - block_n * rows + gl.where(rows >= 4, (block_n >> 5) & 3, 0)
+    turned = within - block_n * rows + (((block_n & 127) * rows) >> 7)
     return groups * group + gl.where(turned < rows, turned, turned - rows), block_n
 
 
@@ -473,9 +473,8 @@ def _weight_gradients_of_tiles(
     blocks_v = gl.cdiv(V, PARTS * ROWS)
     blocks_d = gl.cdiv(D, 2 * HALF_D)
     stage, phase = 0, 0
-    next_m, next_n = _tile(gl.program_id(0), blocks_v, blocks_d, group_v)
     for number in range(gl.program_id(0), blocks_v * blocks_d, NUM_PROGRAMS):
-        block_v, block_d = next_m, next_n
+        block_v, block_d = _tile(number, blocks_v, blocks_d, group_v)
         first_row, first_col = (block_v * PARTS + PART) * ROWS, block_d * (2 * HALF_D)
         if SUM_COLUMNS:
             if block_d == block_v % blocks_d:  # one tile of a row, not always the same program's
@@ -493,7 +492,6 @@ def _weight_gradients_of_tiles(
         else:
             left, right, stage, phase = _product(ring, stage, phase, N, None, PART, STAGES)
             left, right = _finish(ring, stage, (left, right), STAGES)
-        next_m, next_n = _tile(number + NUM_PROGRAMS, blocks_v, blocks_d, group_v)
         buf = store_bufs.index(PART)
         _put(out, buf, left.to(out.dtype), first_row, first_col, ADD)
         _put(out, buf, right.to(out.dtype), first_row, first_col + HALF_D, ADD)

@@ -227,7 +227,7 @@ class LogitsForm(NamedTuple):
         has_bias, first_id, logit_scale, logit_softcap: see `LocalLogits`.
         config, programs: see `tuning.config_for`.
         descriptor: whether input and weight go as descriptors.
-        warpgroups: whether `kernels.hopper` has kernels for them, of whose tiles there are `tiles`.
+        warpgroups: whether `kernels.hopper` is to make them, of whose tiles there are `tiles`.
         precision: of products, see `tuning.input_precision`.
     """
 

@@ -176,17 +176,18 @@ def _is_hopper(index: int) -> bool:
 HOPPER_ROWS = 192
 _TILE_COLUMNS = 256
 # Rows of each warpgroup.
-_WARPGROUP_TOKENS = 64
+_WARPGROUP_ROWS = 64
 # What a tile with tokens for one or for two of three warpgroups alone takes, in tokens of a full
 # one, and what a launch takes beside its tiles. Measured on an H100 at D = 4096.
 _PART_COSTS = {0: 0, 1: 135, 2: 160}
 _LAUNCH_COST = 96
+_LEAST_MEASURED_D = 1536
 
 
 def use_warpgroups(input: Tensor, vocab: int, config: TileConfig, programs: int) -> bool:
-    """Whether the kernels of `kernels.hopper` are the faster ones for operands that descriptors
+    """Whether `kernels.hopper` makes tiles of logits faster, of operands that descriptors
     address: where rounding up to whole tiles, and to whole rounds of tiles, costs no more than 1.2%
-    above what it costs the others, or at D below 4096 1.2% 4096 / D.
+    above what it costs the others, or from D 4096 down to 1536 1.2% times 4096 / D.
 
     Measured on an H100 for eighteen shapes: with less forward passes are faster by 1.1% to 7%, but
     for one that is slower by 1.7%; with more slower by 0.3% to 14%. They stand for the shipped
@@ -203,10 +204,10 @@ def warpgroups_pay(sizes: tuple[int, int, int], programs: int) -> bool:
     config = _CONFIGS[90, 2]
     columns = ceil_div(vocab, config.block_v)
     whole, rest = divmod(num_tokens, HOPPER_ROWS)
-    row = whole * HOPPER_ROWS + _PART_COSTS.get(ceil_div(rest, _WARPGROUP_TOKENS), HOPPER_ROWS)
+    row = whole * HOPPER_ROWS + _PART_COSTS.get(ceil_div(rest, _WARPGROUP_ROWS), HOPPER_ROWS)
     tiles = ceil_div(num_tokens, config.block_n) * columns
     others = ceil_div(tiles, programs) * config.block_n
-    allowed = 1 + 0.012 * max(1.0, 4096 / hidden)
+    allowed = 1 + 0.012 * max(1.0, 4096 / max(hidden, _LEAST_MEASURED_D))
     return row * columns / programs + _LAUNCH_COST <= allowed * others
 
 
