@@ -194,7 +194,7 @@ def _k_first(buf, BLOCK_K: gl.constexpr):
 
 
 @gluon.jit
-def _product(ring, stage, phase, K, ones, PART: gl.constexpr, STAGES: gl.constexpr):
+def _product(ring, stage, phase, K, ones, PART: gl.constexpr, STAGES: gl.constexpr) -> Any:
     """Begin the sums of one tile for warpgroup number PART, (ROWS, BLOCK_N / 2) fp32 each of its
     left and right columns; unless `ones` is None, those of its rows of `a` times that; and where in
     the ring the next tile begins. `_finish` waits for them.
