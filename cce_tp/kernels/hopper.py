@@ -121,16 +121,15 @@ def _add_shared_to_global(tensor_desc, coord, src, _semantic: Any = None):
 @gluon.jit
 def _tile(number, blocks_m, blocks_n, group):
     """(row block, column block) of a tile: `tile.grouped_block` in fewer instructions, since every
-    warp works it out, and with the row blocks of a group turned now and then: a program takes every
-    NUM_PROGRAMS-th tile, but not always the same row block, of which the last may have fewer rows.
-    """
+    warp works it out, and with the row blocks of a group of four or more turned now and then: a
+    program takes every NUM_PROGRAMS-th tile, but not always of the same row block."""
     per_group = group * blocks_n
     number = number.to(gl.uint32)
     groups = (number // per_group.to(gl.uint32)).to(gl.int32)
     within = number.to(gl.int32) - groups * per_group
     rows = gl.maximum(gl.minimum(blocks_m - groups * group, group), 1)  # 1 beyond the last tile
     block_n = (within.to(gl.uint32) // rows.to(gl.uint32)).to(gl.int32)
-    turned = within - block_n * rows + (((block_n & 127) * rows) >> 7)
+    turned = within - block_n * rows + gl.where(rows >= 4, (block_n >> 5) & 3, 0)
     return groups * group + gl.where(turned < rows, turned, turned - rows), block_n
 
 
@@ -254,6 +253,15 @@ def _skip_product(ring, stage, phase, D, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _quarters(x):
+    """The columns of part of a tile in four pieces, from left to right."""
+    left, right = _halves(x)
+    first, second = _halves(left)
+    third, fourth = _halves(right)
+    return first, second, third, fourth
+
+
+@gluon.jit
 def _store_columns(out, buf, piece, col, row):
     """Through shared memory: out[col:, row:] = the transpose of a piece of a tile."""
     tma.store_wait(1)  # what was stored from this buffer has left it
@@ -266,9 +274,7 @@ def _store_columns(out, buf, piece, col, row):
 def _store_transposed(out, bufs, g, col, row, PART: gl.constexpr):
     """out[col:, row:] = g^T for g (ROWS, BLOCK_V / 2) of 16 bits, clipped to the matrix."""
     WIDTH: gl.constexpr = g.shape[1] // 4
-    left, right = _halves(g)
-    first, second = _halves(left)
-    third, fourth = _halves(right)
+    first, second, third, fourth = _quarters(g)
     _store_columns(out, bufs.index(2 * PART), first, col, row)
     _store_columns(out, bufs.index(2 * PART + 1), second, col + WIDTH, row)
     _store_columns(out, bufs.index(2 * PART), third, col + 2 * WIDTH, row)
@@ -442,9 +448,7 @@ def _put_columns(out, buf, piece, row, col, ADD: gl.constexpr):
 def _put(out, buf, x, row, col, ADD: gl.constexpr):
     """out[row:, col:] = or += x (ROWS, BLOCK_N / 2), clipped to the matrix."""
     WIDTH: gl.constexpr = x.shape[1] // 4
-    left, right = _halves(x)
-    first, second = _halves(left)
-    third, fourth = _halves(right)
+    first, second, third, fourth = _quarters(x)
     _put_columns(out, buf, first, row, col, ADD)
     _put_columns(out, buf, second, row, col + WIDTH, ADD)
     _put_columns(out, buf, third, row, col + 2 * WIDTH, ADD)
@@ -473,8 +477,9 @@ def _weight_gradients_of_tiles(
     blocks_v = gl.cdiv(V, PARTS * ROWS)
     blocks_d = gl.cdiv(D, 2 * HALF_D)
     stage, phase = 0, 0
+    next_m, next_n = _tile(gl.program_id(0), blocks_v, blocks_d, group_v)
     for number in range(gl.program_id(0), blocks_v * blocks_d, NUM_PROGRAMS):
-        block_v, block_d = _tile(number, blocks_v, blocks_d, group_v)
+        block_v, block_d = next_m, next_n
         first_row, first_col = (block_v * PARTS + PART) * ROWS, block_d * (2 * HALF_D)
         if SUM_COLUMNS:
             if block_d == block_v % blocks_d:  # one tile of a row, not always the same program's
@@ -492,6 +497,7 @@ def _weight_gradients_of_tiles(
         else:
             left, right, stage, phase = _product(ring, stage, phase, N, None, PART, STAGES)
             left, right = _finish(ring, stage, (left, right), STAGES)
+        next_m, next_n = _tile(number + NUM_PROGRAMS, blocks_v, blocks_d, group_v)
         buf = store_bufs.index(PART)
         _put(out, buf, left.to(out.dtype), first_row, first_col, ADD)
         _put(out, buf, right.to(out.dtype), first_row, first_col + HALF_D, ADD)
