@@ -121,15 +121,16 @@ def _add_shared_to_global(tensor_desc, coord, src, _semantic: Any = None):
 @gluon.jit
 def _tile(number, blocks_m, blocks_n, group):
     """(row block, column block) of a tile: `tile.grouped_block` in fewer instructions, since every
-    warp works it out, and with the row blocks of a group of four or more turned now and then: a
-    program takes every NUM_PROGRAMS-th tile, but not always of the same row block."""
+    warp works it out, and with the row blocks of a group turned now and then: a program takes every
+    NUM_PROGRAMS-th tile, but not always the same row block, of which the last may have fewer rows.
+    """
     per_group = group * blocks_n
     number = number.to(gl.uint32)
     groups = (number // per_group.to(gl.uint32)).to(gl.int32)
     within = number.to(gl.int32) - groups * per_group
     rows = gl.maximum(gl.minimum(blocks_m - groups * group, group), 1)  # 1 beyond the last tile
     block_n = (within.to(gl.uint32) // rows.to(gl.uint32)).to(gl.int32)
-    turned = within - block_n * rows + gl.where(rows >= 4, (block_n >> 5) & 3, 0)
+    turned = within - block_n * rows + (((block_n & 127) * rows) >> 7)
     return groups * group + gl.where(turned < rows, turned, turned - rows), block_n
 
 
