@@ -718,9 +718,8 @@ class _BackwardPass:
         if self.kept is not None and strip.start < self.kept.columns:
             known = min(self.kept.columns - strip.start, width)
             part = self.kept.tokens(*tokens)
-            self.backend.grad_kept(
-                part, strip.start, logits.columns(0, known), upstream, grad_VN[:known], None
-            )
+            out = rows_of(grad_VN, 0, known)
+            self.backend.grad_kept(part, strip.start, logits.columns(0, known), upstream, out, None)
             if known == width:
                 return logits, grad_VN, None
         rest = logits.columns(known, width)

@@ -22,6 +22,7 @@ from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import cce_tp
+from backward_passes import operands_as_they_are
 from cce_tp import ops
 from cce_tp.kernels import launch, tuning
 from cce_tp.kernels.launch import Prepared
@@ -99,6 +100,24 @@ def test_launches_and_operators_of_the_exact_path(count: Any, reduction: str) ->
     assert seen.of("mm", "addmm") == 3 and seen.of("copy_") == 1
     assert seen.of(*MEMORY) <= 4 and seen.of(*VIEWS) <= 11
     assert seen.operators.total() == seen.of("mm", "copy_", *MEMORY, *VIEWS)
+
+
+def test_keeping_logits_takes_no_operator_of_its_own(count: Any) -> None:
+    """In the memory of dC, with their tiles' maxima from the kernel that merges the tiles."""
+    given = operands(64, 128, 1000)
+    input, weight = (each.detach().half().requires_grad_() for each in given[:2])
+
+    def forward() -> Tensor:
+        return cce_tp.linear_cross_entropy(
+            input, weight, given[2], impl="triton", keep_logits_in_grad=True
+        )
+
+    with operands_as_they_are():
+        _, seen = count(forward)
+    kernels = ["tile_statistics_kernel", "merge_tiles_kernel", "token_loss_kernel"]
+    assert seen.kernels == kernels
+    assert seen.of(*MEMORY) <= 7 and seen.of(*VIEWS) <= 2
+    assert seen.operators.total() == seen.of(*MEMORY, *VIEWS)
 
 
 def test_launches_and_operators_where_tokens_are_more_than_hidden(count: Any) -> None:

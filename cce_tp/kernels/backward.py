@@ -488,7 +488,7 @@ def grad_kept(
         upstream.coefficients,
     )
     run(
-        kept.below_max[start : start + logits.shape[1]],
+        rows_of(kept.below_max, start, start + logits.shape[1]),
         kept.tile_max.contiguous(),
         logits.target,
         upstream.grad,

@@ -998,9 +998,8 @@ def sorted_statistics(
             keep = kept.below_max[start : min(stop, keeps)]
         forward.tile_statistics(part, rows, tiles[t0:t1], merged, ids=ids, masses=True, keep=keep)
         del part  # before the next rows are gathered
-    if kept is not None:
-        forward.keep_maxima(tiles, kept.tile_max)
-    forward.merge_tiles(target, logits.first_id, vocab, rows, tiles, merged)
+    maxima = None if kept is None else kept.tile_max
+    forward.merge_tiles(target, logits.first_id, vocab, rows, tiles, merged, maxima=maxima)
     return SortedStatistics(merged, tiles, means)
 
 
