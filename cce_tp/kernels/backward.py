@@ -25,7 +25,13 @@ from torch import Tensor
 
 from cce_tp import products
 from cce_tp.kernels import tuning
-from cce_tp.kernels.launch import LogitsForm, Prepared, matrix_argument, prepared
+from cce_tp.kernels.launch import (
+    LogitsForm,
+    Prepared,
+    logit_arguments,
+    matrix_argument,
+    prepared,
+)
 from cce_tp.kernels.tile import (
     LOG2E,
     dot_tile,
@@ -480,12 +486,14 @@ def grad_kept(
         tiles: int32 by tile, 0 for one that may be left out; or None.
     """
     run = _grad_kept(
-        LogitsForm.of(logits),
+        # Less than a `LogitsForm`, which also says how to multiply.
+        (logits.shape, logits.first_id, logits.logit_scale, logits.logit_softcap),
         (kept.below_max.stride(0), out.stride(0)),
         start,
         kept.tile,
         tiles is not None,
         upstream.coefficients,
+        out.dtype,
     )
     run(
         rows_of(kept.below_max, start, start + logits.shape[1]),
@@ -501,14 +509,16 @@ def grad_kept(
 
 @prepared
 def _grad_kept(
-    form: LogitsForm,
+    logits: tuple[tuple[int, int, int], int, float, float | None],
     strides: tuple[int, int],
     start: int,
     tile: int,
     skips: bool,
     coefficients: tuple[float, float, float],
+    dtype: torch.dtype,
 ) -> Prepared:
-    num_tokens, vocab, _ = form.shape
+    del dtype  # what is prepared holds for it alone
+    num_tokens, vocab, _ = logits[0]
     block_n, block_v, num_warps = _KEPT_BLOCK
     one_tile = tile % block_v == 0 and start % block_v == 0
     return Prepared(
@@ -524,7 +534,7 @@ def _grad_kept(
         BLOCK_V=block_v,
         num_warps=num_warps,
         **coefficient_arguments(coefficients),
-        **form.size_arguments(),
+        **logit_arguments(*logits),
     )
 
 

@@ -217,6 +217,22 @@ def _descriptor(matrix: Tensor, block: tuple[int, int], in_gluon: bool = False) 
     return hopper.descriptor(*described)
 
 
+def logit_arguments(
+    shape: tuple[int, int, int], first_id: int, logit_scale: float, logit_softcap: float | None
+) -> dict[str, Any]:
+    """Arguments of every kernel that meets logits, from what `LocalLogits` says of them."""
+    tokens, vocab, _ = shape
+    return {
+        "N": tokens,
+        "V": vocab,
+        "first_id": first_id,
+        "logit_scale": float(logit_scale),
+        "logit_softcap": 1.0 if logit_softcap is None else float(logit_softcap),
+        "HAS_SCALE": logit_scale != 1.0,
+        "HAS_SOFTCAP": logit_softcap is not None,
+    }
+
+
 class LogitsForm(NamedTuple):
     """All about `LocalLogits` but the tensors, and how kernels tile it: a key for `prepared`.
 
@@ -297,26 +313,12 @@ class LogitsForm(NamedTuple):
         softcap = self.logit_softcap
         return softcap is not None and (softcap > 50.0 or self.dtype.itemsize > 2)
 
-    def size_arguments(self) -> dict[str, Any]:
-        """Arguments of every kernel that meets logits: sizes, scale, cap."""
-        tokens, vocab, _ = self.shape
-        softcap = self.logit_softcap
-        return {
-            "N": tokens,
-            "V": vocab,
-            "first_id": self.first_id,
-            "logit_scale": float(self.logit_scale),
-            "logit_softcap": 1.0 if softcap is None else float(softcap),
-            "HAS_SCALE": self.logit_scale != 1.0,
-            "HAS_SOFTCAP": softcap is not None,
-        }
-
     def tile_arguments(self) -> dict[str, Any]:
         """Arguments of every kernel that walks all tiles, and its options, but for the tensors."""
         config, itemsize = self.config, self.dtype.itemsize
         hidden = self.shape[2]
         return {
-            **self.size_arguments(),
+            **logit_arguments(self.shape, self.first_id, self.logit_scale, self.logit_softcap),
             "D": hidden,
             "stride_input": self.strides[0],
             "stride_weight": self.strides[1],
