@@ -26,6 +26,7 @@ from backward_passes import operands_as_they_are
 from cce_tp import ops
 from cce_tp.kernels import launch, tuning
 from cce_tp.kernels.launch import Prepared
+from cce_tp.problem import KeptLogits
 from variants import DEVICE
 
 pytestmark = pytest.mark.no_poison  # which fills what is allocated: operators of its own
@@ -103,7 +104,7 @@ def test_launches_and_operators_of_the_exact_path(count: Any, reduction: str) ->
 
 
 def test_keeping_logits_takes_no_operator_of_its_own(count: Any) -> None:
-    """In the memory of dC, with their tiles' maxima from the kernel that merges the tiles."""
+    """In the memory of dC; what they are below comes from the kernel that merges the tiles."""
     given = operands(64, 128, 1000)
     input, weight = (each.detach().half().requires_grad_() for each in given[:2])
 
@@ -112,8 +113,10 @@ def test_keeping_logits_takes_no_operator_of_its_own(count: Any) -> None:
             input, weight, given[2], impl="triton", keep_logits_in_grad=True
         )
 
-    with operands_as_they_are():
+    inside = mock.patch.object(KeptLogits, "inside", side_effect=KeptLogits.inside)
+    with operands_as_they_are(), inside as kept:
         _, seen = count(forward)
+    assert kept.called
     kernels = ["tile_statistics_kernel", "merge_tiles_kernel", "token_loss_kernel"]
     assert seen.kernels == kernels
     assert seen.of(*MEMORY) <= 7 and seen.of(*VIEWS) <= 2

@@ -89,7 +89,8 @@ def row_maxima(x):
 
 @triton.jit
 def below_base(x, base, CLAMP: tl.constexpr):
-    """What is kept of a tile of logits, fp16; CLAMP where a cap may leave them that far apart."""
+    """What is kept of a tile of logits, fp16; CLAMP where a large cap may leave them further apart
+    than fp16 can say."""
     below = x - base[:, None]
     if CLAMP:
         # An infinity would be one in the cap's derivative; NaN stays.
@@ -224,6 +225,7 @@ def tile_statistics_kernel(
         max_x, base = row_maxima(x)
         if KEEP:
             if block_v * BLOCK_V < keep_V:
+                # A cap that needs no precise tangent is at most 50, far from where fp16 ends.
                 store_tile(
                     keep, block_v * BLOCK_V, block_n * BLOCK_N, keep_V, N, stride_keep,
                     tl.trans(below_base(x, base, HAS_SOFTCAP and PRECISE_CAP)), BLOCK_V, BLOCK_N,
@@ -275,9 +277,9 @@ def merge_tiles_kernel(
         part_sum = tl.load(part + N, mask=mask, other=0.0)
         if KEEP:
             # 0 for a tile of -inf alone, as in `row_maxima`.
-            kept = tl.where(part_max == float("-inf"), 0.0, part_max)
+            part_base = tl.where(part_max == float("-inf"), 0.0, part_max)
             at = tile.to(tl.int64)[:, None] * stride_maxima + rows[None, :]
-            tl.store(maxima_ptr + at, kept, mask=mask & (tile < kept_T)[:, None])
+            tl.store(maxima_ptr + at, part_base, mask=mask & (tile < kept_T)[:, None])
         part += 2 * N
         new_max = tl.maximum(running_max, tl.max(part_max, axis=0))
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
