@@ -13,6 +13,8 @@ import pytest
 import torch
 
 import cce_tp
+from cce_tp.backend import backend
+from cce_tp.problem import LocalLogits, LogitGradient
 from hostile import Hostile, check_hostile
 from oracle import Operands
 from problems import Problem, call, even_bounds, same_bits
@@ -51,6 +53,21 @@ def test_it_reaches_loss_and_gradients_on_every_rank(
             assert not bool(torch.isfinite(outcome.loss).all())
             for name in ("grad_input", "grad_weight", "grad_bias"):
                 assert not bool(torch.isfinite(getattr(outcome, name)).all()), name
+
+
+def test_a_logit_above_its_maximum_is_a_probability_still() -> None:
+    """As one may be that the backward pass rounds otherwise; but NaN stays, and infinity."""
+    input = torch.tensor([[1.0], [1.0], [float("inf")], [float("nan")]])
+    weight = torch.tensor([[1.000001e30], [1e30], [0.999e30]])
+    target = torch.tensor([1, 0, 0, 0])
+    logits = LocalLogits(input, weight, None, target, 0, 1.0, None)
+    maxima, log_sum = torch.tensor([1e30, 1e30, float("inf"), 1.0]), torch.full((4,), 0.6931472)
+    out = torch.empty(3, 4)
+    upstream = LogitGradient(torch.ones(4), maxima, log_sum, 0.0, 0.0, 3)
+    backend("torch").grad_logits(logits, upstream, out, None)
+    assert out[0, :2].tolist() == [1.0, 0.0]
+    torch.testing.assert_close(out[1:, 0], torch.tensor([-0.5, 0.0]))
+    assert not out[:, 2:].isfinite().any()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
