@@ -223,7 +223,8 @@ AGREED_NUMBERS = (
 def agreement_terms(vocab_size: int, terms: str, numbers: list[float]) -> str:
     """The terms of an Agreement as one text, "name=value; name=value"."""
     named = zip(AGREED_NUMBERS, numbers, strict=True)
-    values = "; ".join(f"{name}={value:.17g}" for name, value in named)
+    # The two zeros are one number, also to caches of options: either may come for the other.
+    values = "; ".join(f"{name}={value + 0.0:.17g}" for name, value in named)
     return f"vocab_shard.vocab_size={vocab_size}; {terms}; {values}"
 
 

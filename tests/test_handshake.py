@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 import cce_tp
+from cce_tp import options
 from problems import Bounds, Problem, call, even_bounds, restrict
 from ranks import Rank, RankPool
 from sharding_cases import Answer, answer, debug, usable
@@ -168,6 +169,22 @@ def test_new_options_after_a_good_call_are_compared_again(pool: RankPool, option
     plans = [{option: 0.1 * (1 + rank)} for rank in range(3)]
     messages = raised_everywhere(pool, attempt_after_a_good_call, plans, False)
     assert all(option in message for message in messages)
+
+
+@pytest.mark.parametrize("option", ["label_smoothing", "logit_scale", "z_loss"])
+def test_the_two_zeros_are_one_number(pool: RankPool, option: str) -> None:
+    """Whichever a rank's caches met first; after a call with one the other is agreed on, too."""
+    first = [{option: 0.0}, {option: -0.0}, {option: 0.0}]
+    answers = pool.run(zeros_in_turn, first, option, ranks=3, timeout_s=LIMIT_S)
+    assert [each.error for each in answers] == [None] * 3
+
+
+def zeros_in_turn(rank: Rank, plans: list[Plan], option: str) -> Answer:
+    group = rank.fresh_group()
+    options._known.cache_clear()
+    options._resolve.cache_clear()
+    found = attempt(rank, plans, group=group)
+    return found if found.error else attempt(rank, [{option: -0.0}] * 3, group=group)
 
 
 def bad_rows(rank: Rank, counts: list[Any]) -> tuple[Answer, float]:
