@@ -2,9 +2,11 @@
 
 An output element must be finite where dense PyTorch's is, in fp64 and in the dtype of the
 inputs, and must not be where neither is. Where the two disagree (a product that overflows in one of
-them), or where a filter may leave a tile out, anything goes. Tokens that do not count are left out
-of the dense sums: 0 * NaN is NaN there, and may be 0 here. What a token without a finite loss adds
-to the gradients may be all NaN, where dense PyTorch has it in some columns only.
+them), where the terms of a sum overflow if their sizes are added up (one order of the sum has an
+infinity then that another has not), or where a filter may leave a tile out, anything goes. Tokens
+that do not count are left out of the dense sums: 0 * NaN is NaN there, and may be 0 here. What a
+token without a finite loss adds to the gradients may be all NaN, where dense PyTorch has it in some
+columns only.
 
 Legend: N tokens, V global vocabulary, D hidden size.
 """
@@ -115,16 +117,19 @@ def expectations(
     whole, some = _oracles(operands, options, dtype), _oracles(part, options, dtype)
     ones = torch.ones(operands.target.shape, device=operands.target.device)
     each = _oracles(replace(operands, upstream=ones), {**options, "reduction": "none"}, dtype)
-    sound = torch.stack([o.loss.isfinite() for o in each]).all(0)
+    limit = torch.finfo(torch.promote_types(dtype, torch.float32)).max
+    fits = (_logit_sizes(operands, options) <= limit).all(dim=1).view(operands.target.shape)
+    sound = torch.stack([o.loss.isfinite() for o in each]).all(0) & fits
     found = {}
     for name in ("loss", "grad_input", "grad_weight", "grad_bias"):
         if getattr(whole[0], name) is None:
             continue
         finite = torch.stack([getattr(o, name).isfinite() for o in whole]).all(0)
-        if name == "grad_input":
-            finite = finite & sound.unsqueeze(-1)
-        elif name != "loss":
-            finite = finite & sound.all()
+        if name == "loss":
+            finite = finite & (fits if finite.shape == fits.shape else fits.all())
+        else:
+            finite = finite & (getattr(whole[0], name.replace("grad", "magnitude")) <= limit)
+            finite = finite & (sound.unsqueeze(-1) if name == "grad_input" else sound.all())
         broken = torch.stack([~getattr(o, name).isfinite() for o in some]).all(0)
         value = getattr(some[0], name)
         if broken.shape != finite.shape:  # per token: those that do not count are 0
@@ -139,6 +144,18 @@ def expectations(
                 finite = finite | ~counts.view(operands.target.shape)
         found[name] = (finite, broken, value)
     return found
+
+
+def _logit_sizes(operands: Operands, options: Mapping[str, Any]) -> Tensor:
+    """(N, V) fp64 sums of the sizes of what a logit before its cap is summed from, where finite."""
+
+    def sizes(tensor: Tensor) -> Tensor:
+        return torch.where(tensor.isfinite(), tensor, 0.0).double().abs()
+
+    x = sizes(operands.input).reshape(-1, operands.input.shape[-1]) @ sizes(operands.weight).t()
+    if operands.bias is not None:
+        x = x + sizes(operands.bias)
+    return x * max(1.0, abs(options.get("logit_scale", 1.0)))
 
 
 def _largest_logit(operands: Operands, options: Mapping[str, Any]) -> float:
