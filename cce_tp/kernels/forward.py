@@ -228,8 +228,7 @@ def tile_statistics_kernel(
                 # A cap that needs no precise tangent is at most 50, far from where fp16 ends.
                 store_tile(
                     keep, block_v * BLOCK_V, block_n * BLOCK_N, keep_V, N, stride_keep,
-                    tl.trans(below_base(x, base, HAS_SOFTCAP and PRECISE_CAP)), BLOCK_V, BLOCK_N,
-                    KEEP_DESCRIPTOR,
+                    tl.trans(below_base(x, base, PRECISE_CAP)), BLOCK_V, BLOCK_N, KEEP_DESCRIPTOR,
                 )  # fmt: skip
         store_statistics(
             x, sum_x, max_x, base, rows, in_tile, block_v, ids_ptr, tiles_ptr, N, V, logit_softcap,
