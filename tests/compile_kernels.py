@@ -221,7 +221,9 @@ def main(capability: int, few: bool) -> None:
             mock.patch.object(options, "_why_not_triton", lambda *_: None),
             mock.patch.object(tuning, "config_for", lambda *_, c=config: (c, 128)),
             mock.patch.object(tuning, "use_descriptors", lambda *_, d=descriptors: d),
-            mock.patch.object(tuning, "use_warpgroups", lambda *_, w=warpgroups: w),
+            mock.patch.object(
+                tuning, "warpgroups", lambda *_, plain, w=warpgroups: (2 + plain) * w
+            ),
             mock.patch.object(
                 tuning, "rows_for_warpgroups", lambda out, *_, w=warpgroups: w * len(out)
             ),

@@ -84,7 +84,7 @@ def handshakes() -> list[set[str]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if re.match(r"def \w+_kernel\(", line):
             found.append({str(number)})
-        elif line.startswith("    gl.warp_specialize("):
+        elif line.startswith("    _specialize("):
             found[-1].add(str(number))
     return found
 

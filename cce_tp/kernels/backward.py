@@ -394,9 +394,9 @@ def grad_logits(
         from cce_tp.kernels import hopper
 
         run = hopper.gradients(form, stride, upstream.coefficients)
-        run(logits.input, logits.weight, *of_tokens, out_VN)
+        run(logits.input, logits.weight, logits.bias, *of_tokens, out_VN)
         return None
-    form, kept = form._replace(warpgroups=False), None
+    form, kept = form._replace(warpgroups=0), None
     if eps is not None:
         block_n, block_v = form.config.block_n, form.config.block_v
         shape = (ceil_div(logits.shape[0], block_n), ceil_div(logits.shape[1], block_v))

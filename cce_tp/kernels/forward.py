@@ -399,14 +399,18 @@ def tile_statistics(
     kept = None
     if keep is not None:
         kept = len(keep), keep.stride(0), tuning.use_branch_descriptor(keep)
-    known = not (rows.entropy or rows.argmax) and (kept is None or kept[2])
+    if rows.entropy or rows.argmax:
+        form = form._replace(warpgroups=min(form.warpgroups, 2))  # for their registers
+    known = (kept is None or (kept[2] and not rows.entropy)) and not (
+        ids is not None and rows.argmax
+    )
     if form.warpgroups and known:
         from cce_tp.kernels import hopper
 
-        run = hopper.statistics(form, tile_rows, kept and kept[:2], masses, rows.logit_sum)
-        run(logits.input, logits.weight, logits.target, keep, tiles, merged)
+        run = hopper.statistics(form, rows, tile_rows, kept and kept[:2], masses)
+        run(logits.input, logits.weight, logits.bias, logits.target, keep, tiles, merged)
         return
-    form = form._replace(warpgroups=False)
+    form = form._replace(warpgroups=0)
     run = _tile_statistics(form, rows, tile_rows, kept, ids is not None, masses)
     run(logits.input, logits.weight, logits.bias, logits.target, ids, keep, tiles, merged)
 

@@ -13,7 +13,7 @@ by themselves, so that one's exponentials run beside the others' products.
 *Sums in memory.* dC that is added to is not read: the bulk copy engine adds to it where it lies.
 
 Triton's interpreter does not know Gluon, which also changes from release to release: there, on
-other devices, in other releases, where the tiles do not fit (`tuning.use_warpgroups`,
+other devices, in other releases, where the tiles do not fit (`tuning.warpgroups`,
 `tuning.rows_for_warpgroups`) and for operands that the bulk copy engine cannot address Triton's two
 kernels and the vendor's product run. Triton's compute the same bits, but for G^T with z-loss or
 smoothing, which is the same to rounding, as is dC (`tests/test_hopper.py`).
@@ -43,24 +43,23 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cce_tp.kernels import backward, forward, tile
-from cce_tp.kernels.launch import LogitsForm, Prepared, prepared
-from cce_tp.kernels.tuning import HOPPER_ROWS, ceil_div
+from cce_tp.kernels.launch import LogitsForm, Prepared, logit_arguments, prepared
+from cce_tp.kernels.tuning import HOPPER_ROWS, WARPGROUP_ROWS, ceil_div
+from cce_tp.stats import StatRows
 
-# Warpgroups that multiply in a program, and tokens of each.
-_WARPGROUPS = 3
-_ROWS = HOPPER_ROWS // _WARPGROUPS
+# Tokens of a warpgroup.
+_ROWS = WARPGROUP_ROWS
 # Half a tile's vocabulary rows, and the depth of a step.
 _HALF_V = 128
 _BLOCK_D = 32
-# What is loaded ahead: steps of BLOCK_D deep, 28 KiB each.
-_STAGES = 7
 # Columns of a tile that are on their way out at once, from each warpgroup.
 _STORED_COLUMNS = 32
 # Columns of ones, the fewest that the tensor cores multiply: for sums of the other operand's rows.
 _SUM_COLUMNS = 8
-# Registers of a thread that multiplies: of its warpgroup's 64 x 256 sums it holds 128.
-_REGISTERS = 160
 _LOADER_REGISTERS = 24
+# By how many warpgroups multiply in a program: steps of BLOCK_D deep that are loaded ahead, 28 or
+# 24 KiB each; and registers of a thread, which holds 128 of its warpgroup's 64 x 256 sums.
+_MEANS = {3: (7, 160), 2: (8, 232)}
 
 # Blocks of tokens that sweep the vocabulary together, about. The fewer, the fewer operands are on
 # their way through the L2 cache at once, and the more often the classifier comes from memory.
@@ -97,6 +96,9 @@ _halves = _twin(tile.halves)
 _twin(tile.multiply_add)
 _twin(tile.target_column)
 _twin(tile.exp_below)
+_twin(tile.reciprocal)
+_twin(tile.soft_cap)
+_scale_and_cap = _twin(tile.scale_and_cap)
 _mask_columns = _twin(forward.mask_columns)
 _logit_sums = _twin(forward.logit_sums)
 _targets_here = _twin(forward.targets_here)
@@ -116,6 +118,27 @@ def _add_shared_to_global(tensor_desc, coord, src, _semantic: Any = None):
     builder, coord = _semantic.builder, _semantic._convert_to_ir_values(coord, require_i64=False)
     add = ir.DESCRIPTOR_REDUCE_KIND.ADD
     builder.create_async_tma_reduce(add, tensor_desc.handle, coord, src.handle)
+
+
+@builtin
+def _specialize(
+    multiply,
+    arguments,
+    load,
+    operands,
+    PARTS,
+    REGISTERS,
+    LOADER_REGISTERS,
+    _semantic: Any = None,
+    _generator: Any = None,
+):
+    """What the warps of a program do: PARTS warpgroups multiply(its number, *arguments), and one
+    warp load(*operands). Tuples as they are: what a variable holds is no constant any more."""
+    parts, registers, of_loader = PARTS.value, REGISTERS.value, LOADER_REGISTERS.value
+    apart = [(multiply, gl.tuple([gl.constexpr(part), *arguments])) for part in range(parts)]
+    apart.append((load, operands))
+    warps, limits = [4] * (parts - 1) + [1], [registers] * (parts - 1) + [of_loader]
+    gl.warp_specialize(apart, warps, limits, _semantic=_semantic, _generator=_generator)
 
 
 @gluon.jit
@@ -194,10 +217,24 @@ def _k_first(buf, BLOCK_K: gl.constexpr):
 
 
 @gluon.jit
-def _product(ring, stage, phase, K, ones, PART: gl.constexpr, STAGES: gl.constexpr) -> Any:
+def _first_sums(bias, col, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """What the sums of half a tile begin with: bias is None, or a pointer and its length."""
+    sums = gl.zeros([ROWS, COLUMNS], gl.float32, _HALF_LAYOUT)
+    if bias is not None:
+        cols = col + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, _HALF_LAYOUT))
+        values = gl.load(bias[0] + cols, mask=cols < bias[1], other=0.0)
+        sums += values.to(gl.float32)[None, :]
+    return warpgroup_mma_init(sums)
+
+
+@gluon.jit
+def _product(
+    ring, stage, phase, K, ones, bias, first_col, PART: gl.constexpr, STAGES: gl.constexpr
+) -> Any:
     """Begin the sums of one tile for warpgroup number PART, (ROWS, BLOCK_N / 2) fp32 each of its
     left and right columns; unless `ones` is None, those of its rows of `a` times that; and where in
-    the ring the next tile begins. `_finish` waits for them.
+    the ring the next tile begins. `_finish` waits for them. Unless `bias` is None the sums of the
+    columns, the first of which is first_col, are of that, too.
 
     In halves, as one instruction for all would need more registers than ptxas grants a kernel of so
     many threads."""
@@ -206,8 +243,8 @@ def _product(ring, stage, phase, K, ones, PART: gl.constexpr, STAGES: gl.constex
     BLOCK_K: gl.constexpr = a_bufs.shape[2]
     HALF: gl.constexpr = b_bufs.shape[2] if b_bufs.shape[1] == BLOCK_K else b_bufs.shape[1]
     PARTS: gl.constexpr = a_bufs.shape[0] // STAGES
-    left = warpgroup_mma_init(gl.zeros([ROWS, HALF], gl.float32, _HALF_LAYOUT))
-    right = warpgroup_mma_init(gl.zeros([ROWS, HALF], gl.float32, _HALF_LAYOUT))
+    left = _first_sums(bias, first_col, ROWS, HALF)
+    right = _first_sums(bias, first_col + HALF, ROWS, HALF)
     if ones is not None:
         COLUMNS: gl.constexpr = ones.shape[1]
         sums = warpgroup_mma_init(gl.zeros([ROWS, COLUMNS], gl.float32, _SUM_LAYOUT))
@@ -216,8 +253,10 @@ def _product(ring, stage, phase, K, ones, PART: gl.constexpr, STAGES: gl.constex
         a = a_bufs.index(stage * PARTS + PART)
         b_left = _k_first(b_bufs.index(stage * 2), BLOCK_K)
         b_right = _k_first(b_bufs.index(stage * 2 + 1), BLOCK_K)
-        left = warpgroup_mma(a, b_left, left, use_acc=step > 0, is_async=True)
-        right = warpgroup_mma(a, b_right, right, use_acc=step > 0, is_async=True)
+        left = warpgroup_mma(a, b_left, left, use_acc=bias is not None or step > 0, is_async=True)
+        right = warpgroup_mma(
+            a, b_right, right, use_acc=bias is not None or step > 0, is_async=True
+        )
         # Until the step before this one has been multiplied.
         if ones is not None:
             sums = warpgroup_mma(a, ones, sums, use_acc=step > 0, is_async=True)
@@ -293,16 +332,21 @@ def _statistics_of_tiles(
     NUM_PROGRAMS: gl.constexpr,
     ROWS: gl.constexpr,
     LOGIT_SUM: gl.constexpr,
+    ENTROPY: gl.constexpr,
+    ARGMAX: gl.constexpr,
     MASSES: gl.constexpr,
     KEEP: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
     HAS_SCALE: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """What warpgroup number PART does in the forward pass."""
     input_bufs, weight_bufs, _, _ = ring
     N, V, D, group_n = sizes
-    first_id, logit_scale = terms
-    target_ptr, tiles_ptr, merged_ptr = tensors
+    first_id, logit_scale, logit_softcap = terms
+    bias_ptr, target_ptr, tiles_ptr, merged_ptr = tensors
+    bias = (bias_ptr, V) if HAS_BIAS else None
     keep, store_bufs, keep_V = kept
     TOKENS: gl.constexpr = input_bufs.shape[1]
     PARTS: gl.constexpr = input_bufs.shape[0] // STAGES
@@ -316,15 +360,18 @@ def _statistics_of_tiles(
         block_n, block_v = next_m, next_n
         first_row, first_col = (block_n * PARTS + PART) * TOKENS, block_v * BLOCK_V
         if first_row < N:
-            left, right, stage, phase = _product(ring, stage, phase, D, None, PART, STAGES)
+            left, right, stage, phase = _product(
+                ring, stage, phase, D, None, bias, first_col, PART, STAGES
+            )
             rows = first_row + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, _WHOLE_LAYOUT))
             targets = _targets_here(target_ptr, rows, first_col, N, V, first_id, BLOCK_V)
             next_m, next_n = _tile(number + NUM_PROGRAMS, blocks_n, blocks_v, group_n)
             left, right = _finish(ring, stage, (left, right), STAGES)
+            # Of one half after the other: fewer registers.
+            left = _scale_and_cap(left, logit_scale, logit_softcap, HAS_SCALE, HAS_SOFTCAP, False)
+            right = _scale_and_cap(right, logit_scale, logit_softcap, HAS_SCALE, HAS_SOFTCAP, False)
             x = gl.join(left, right).permute((0, 2, 1)).reshape([TOKENS, BLOCK_V])
             x = gl.convert_layout(x, _WHOLE_LAYOUT)
-            if HAS_SCALE:
-                x *= logit_scale
             if LOGIT_SUM:
                 sum_x = _logit_sums(x, in_tile, first_col, V, BLOCK_V, False)
             else:
@@ -339,8 +386,9 @@ def _statistics_of_tiles(
                     _store_transposed(keep, store_bufs, below[0], first_col, first_row, PART)
                     _store_transposed(keep, store_bufs, below[1], right_col, first_row, PART)
             _store_statistics(
-                x, sum_x, max_x, base, rows, in_tile, block_v, target_ptr, tiles_ptr, N, V, 1.0,
-                ROWS, LOGIT_SUM, False, False, False, MASSES, False, BLOCK_V,
+                x, sum_x, max_x, base, rows, in_tile, block_v, target_ptr, tiles_ptr, N, V,
+                logit_softcap, ROWS, LOGIT_SUM, ENTROPY, ARGMAX, False, MASSES, HAS_SOFTCAP,
+                BLOCK_V,
             )  # fmt: skip
         else:
             next_m, next_n = _tile(number + NUM_PROGRAMS, blocks_n, blocks_v, group_n)
@@ -361,22 +409,21 @@ def _store_gradients(
     HAS_SMOOTHING: gl.constexpr,
     HAS_Z_LOSS: gl.constexpr,
     HAS_SCALE: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
     SPECIAL: gl.constexpr,
 ):
-    """From both halves of a tile of logits at (row, column)."""
+    """From both halves of a tile of sums at (row, column)."""
     out, store_bufs = tensors
-    logit_scale, z_loss, onehot_weight, uniform_weight = terms
+    logit_scale, logit_softcap, z_loss, onehot_weight, uniform_weight = terms
     target, grad, max_x, log_sum = of_token
     HALF_V: gl.constexpr = x[0].shape[1]
     factor = grad * logit_scale if HAS_SCALE else grad
     for i in gl.static_range(2):
-        half = x[i]
-        if HAS_SCALE:
-            half *= logit_scale
+        half = _scale_and_cap(x[i], logit_scale, logit_softcap, HAS_SCALE, HAS_SOFTCAP, False)
         g = _gradient_of(
             half, target - i * HALF_V, grad, factor, max_x, log_sum, in_half,
-            1.0, z_loss, onehot_weight, uniform_weight,
-            HALF_V, HAS_SMOOTHING, HAS_Z_LOSS, False, SPECIAL,
+            logit_softcap, z_loss, onehot_weight, uniform_weight,
+            HALF_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, SPECIAL,
         )  # fmt: skip
         _store_transposed(out, store_bufs, g.to(out.dtype), at[1] + i * HALF_V, at[0], PART)
 
@@ -392,13 +439,16 @@ def _gradients_of_tiles(
     NUM_PROGRAMS: gl.constexpr,
     HAS_SMOOTHING: gl.constexpr,
     HAS_Z_LOSS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
     HAS_SCALE: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     """What warpgroup number PART does for G^T."""
     input_bufs, weight_bufs, _, _ = ring
     N, V, D, group_n = sizes
-    target_ptr, grad_ptr, max_ptr, log_sum_ptr, outs = tensors
+    bias_ptr, target_ptr, grad_ptr, max_ptr, log_sum_ptr, outs = tensors
+    bias = (bias_ptr, V) if HAS_BIAS else None
     TOKENS: gl.constexpr = input_bufs.shape[1]
     PARTS: gl.constexpr = input_bufs.shape[0] // STAGES
     HALF_V: gl.constexpr = weight_bufs.shape[1]
@@ -410,7 +460,9 @@ def _gradients_of_tiles(
         block_n, block_v = _tile(number, blocks_n, blocks_v, group_n)
         first_row, first_col = (block_n * PARTS + PART) * TOKENS, block_v * (2 * HALF_V)
         if first_row < N:
-            left, right, stage, phase = _product(ring, stage, phase, D, None, PART, STAGES)
+            left, right, stage, phase = _product(
+                ring, stage, phase, D, None, bias, first_col, PART, STAGES
+            )
             rows = first_row + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, _HALF_LAYOUT))
             of_token = _token_terms(
                 target_ptr, grad_ptr, max_ptr, log_sum_ptr, rows, first_col, N, V, first_id
@@ -418,15 +470,20 @@ def _gradients_of_tiles(
             left, right = _finish(ring, stage, (left, right), STAGES)
             # Two ways for the tile as a whole: a branch around a few instructions for each element
             # becomes their selection, which costs a third of all instructions here.
-            if _is_special(of_token[0], of_token[1], 2 * HALF_V):
+            if HAS_SOFTCAP:
                 _store_gradients(
                     (left, right), of_token, in_half, (first_row, first_col), outs, coefficients,
-                    PART, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, True,
+                    PART, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, True, None,
+                )  # fmt: skip
+            elif _is_special(of_token[0], of_token[1], 2 * HALF_V):
+                _store_gradients(
+                    (left, right), of_token, in_half, (first_row, first_col), outs, coefficients,
+                    PART, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, False, True,
                 )  # fmt: skip
             else:
                 _store_gradients(
                     (left, right), of_token, in_half, (first_row, first_col), outs, coefficients,
-                    PART, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, False,
+                    PART, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, False, False,
                 )  # fmt: skip
         else:
             stage, phase = _skip_product(ring, stage, phase, D, STAGES)
@@ -485,7 +542,7 @@ def _weight_gradients_of_tiles(
         if SUM_COLUMNS:
             if block_d == block_v % blocks_d:  # one tile of a row, not always the same program's
                 left, right, sums, stage, phase = _product(
-                    ring, stage, phase, N, ones, PART, STAGES
+                    ring, stage, phase, N, ones, None, 0, PART, STAGES
                 )
                 left, right, sums = _finish(ring, stage, (left, right, sums), STAGES)
                 rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, _SUM_LAYOUT))
@@ -493,10 +550,12 @@ def _weight_gradients_of_tiles(
                 row_sums = gl.sum(sums, 1) / SUM_COLUMNS  # of equal columns: exact
                 gl.store(sums_ptr + rows, so_far + row_sums, mask=rows < V)
             else:
-                left, right, stage, phase = _product(ring, stage, phase, N, None, PART, STAGES)
+                left, right, stage, phase = _product(
+                    ring, stage, phase, N, None, None, 0, PART, STAGES
+                )
                 left, right = _finish(ring, stage, (left, right), STAGES)
         else:
-            left, right, stage, phase = _product(ring, stage, phase, N, None, PART, STAGES)
+            left, right, stage, phase = _product(ring, stage, phase, N, None, None, 0, PART, STAGES)
             left, right = _finish(ring, stage, (left, right), STAGES)
         next_m, next_n = _tile(number + NUM_PROGRAMS, blocks_v, blocks_d, group_v)
         buf = store_bufs.index(PART)
@@ -528,6 +587,7 @@ def _ring(a, b, STAGES: gl.constexpr, PARTS: gl.constexpr):
 def tile_statistics_kernel(
     input,
     weight,
+    bias_ptr,
     target_ptr,
     keep,
     tiles_ptr,
@@ -539,12 +599,17 @@ def tile_statistics_kernel(
     keep_V,
     first_id,
     logit_scale,
+    logit_softcap,
     NUM_PROGRAMS: gl.constexpr,
     ROWS: gl.constexpr,
     LOGIT_SUM: gl.constexpr,
+    ENTROPY: gl.constexpr,
+    ARGMAX: gl.constexpr,
     MASSES: gl.constexpr,
     KEEP: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
     HAS_SCALE: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -552,33 +617,27 @@ def tile_statistics_kernel(
 ):
     """As `forward.tile_statistics_kernel`; input, weight and keep are descriptors."""
     ring = _ring(input, weight, STAGES, PARTS)
+    # No partition takes a None: what is not read.
     if KEEP:
         store_bufs = gl.allocate_shared_memory(
             keep.dtype, [2 * PARTS, keep.block_shape[0], keep.block_shape[1]], keep.layout
         )
     else:
-        keep, store_bufs = input, ring[0]  # no partition takes a None: what is not read
-    sizes, terms = (N, V, D, group_n), (first_id, logit_scale)
-    tensors = target_ptr, tiles_ptr, merged_ptr
+        keep, store_bufs = input, ring[0]
+    if not HAS_BIAS:
+        bias_ptr = V
+    sizes, terms = (N, V, D, group_n), (first_id, logit_scale, logit_softcap)
+    tensors = bias_ptr, target_ptr, tiles_ptr, merged_ptr
     kept = keep, store_bufs, keep_V
-    gl.warp_specialize(
-        [
-            (_statistics_of_tiles, (
-                0, ring, sizes, terms, tensors, kept,
-                NUM_PROGRAMS, ROWS, LOGIT_SUM, MASSES, KEEP, HAS_SCALE, STAGES,
-            )),
-            (_statistics_of_tiles, (
-                1, ring, sizes, terms, tensors, kept,
-                NUM_PROGRAMS, ROWS, LOGIT_SUM, MASSES, KEEP, HAS_SCALE, STAGES,
-            )),
-            (_statistics_of_tiles, (
-                2, ring, sizes, terms, tensors, kept,
-                NUM_PROGRAMS, ROWS, LOGIT_SUM, MASSES, KEEP, HAS_SCALE, STAGES,
-            )),
-            (_load_tiles, (input, weight, ring, sizes, NUM_PROGRAMS, STAGES)),
-        ],
-        [4, 4, 1],
-        [REGISTERS, REGISTERS, LOADER_REGISTERS],
+    _specialize(
+        _statistics_of_tiles,
+        (
+            ring, sizes, terms, tensors, kept, NUM_PROGRAMS, ROWS, LOGIT_SUM, ENTROPY, ARGMAX,
+            MASSES, KEEP, HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, STAGES,
+        ),
+        _load_tiles,
+        (input, weight, ring, sizes, NUM_PROGRAMS, STAGES),
+        PARTS, REGISTERS, LOADER_REGISTERS,
     )  # fmt: skip
 
 
@@ -586,6 +645,7 @@ def tile_statistics_kernel(
 def grad_logits_kernel(
     input,
     weight,
+    bias_ptr,
     target_ptr,
     grad_ptr,
     max_ptr,
@@ -597,13 +657,16 @@ def grad_logits_kernel(
     group_n,
     first_id,
     logit_scale,
+    logit_softcap,
     z_loss,
     onehot_weight,
     uniform_weight,
     NUM_PROGRAMS: gl.constexpr,
     HAS_SMOOTHING: gl.constexpr,
     HAS_Z_LOSS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
     HAS_SCALE: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
     PARTS: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -614,27 +677,20 @@ def grad_logits_kernel(
     store_bufs = gl.allocate_shared_memory(
         out.dtype, [2 * PARTS, out.block_shape[0], out.block_shape[1]], out.layout
     )
+    if not HAS_BIAS:
+        bias_ptr = V  # no partition takes a None: what is not read
     sizes = N, V, D, group_n
-    tensors = target_ptr, grad_ptr, max_ptr, log_sum_ptr, (out, store_bufs)
-    coefficients = logit_scale, z_loss, onehot_weight, uniform_weight
-    gl.warp_specialize(
-        [
-            (_gradients_of_tiles, (
-                0, ring, sizes, first_id, tensors, coefficients, NUM_PROGRAMS,
-                HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, STAGES,
-            )),
-            (_gradients_of_tiles, (
-                1, ring, sizes, first_id, tensors, coefficients, NUM_PROGRAMS,
-                HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, STAGES,
-            )),
-            (_gradients_of_tiles, (
-                2, ring, sizes, first_id, tensors, coefficients, NUM_PROGRAMS,
-                HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, STAGES,
-            )),
-            (_load_tiles, (input, weight, ring, sizes, NUM_PROGRAMS, STAGES)),
-        ],
-        [4, 4, 1],
-        [REGISTERS, REGISTERS, LOADER_REGISTERS],
+    tensors = bias_ptr, target_ptr, grad_ptr, max_ptr, log_sum_ptr, (out, store_bufs)
+    coefficients = logit_scale, logit_softcap, z_loss, onehot_weight, uniform_weight
+    _specialize(
+        _gradients_of_tiles,
+        (
+            ring, sizes, first_id, tensors, coefficients, NUM_PROGRAMS, HAS_SMOOTHING, HAS_Z_LOSS,
+            HAS_BIAS, HAS_SCALE, HAS_SOFTCAP, STAGES,
+        ),
+        _load_tiles,
+        (input, weight, ring, sizes, NUM_PROGRAMS, STAGES),
+        PARTS, REGISTERS, LOADER_REGISTERS,
     )  # fmt: skip
 
 
@@ -674,32 +730,26 @@ def weight_gradient_kernel(
         ones, sums_ptr = ring[0].index(0), V  # no partition takes a None: what is not read
     sizes = V, D, N, group_v
     tensors = sums_ptr, out, store_bufs
-    gl.warp_specialize(
-        [
-            (_weight_gradients_of_tiles, (
-                0, ring, sizes, tensors, ones, NUM_PROGRAMS, ADD, SUM_COLUMNS, STAGES,
-            )),
-            (_weight_gradients_of_tiles, (
-                1, ring, sizes, tensors, ones, NUM_PROGRAMS, ADD, SUM_COLUMNS, STAGES,
-            )),
-            (_weight_gradients_of_tiles, (
-                2, ring, sizes, tensors, ones, NUM_PROGRAMS, ADD, SUM_COLUMNS, STAGES,
-            )),
-            (_load_tiles, (grad, input, ring, sizes, NUM_PROGRAMS, STAGES)),
-        ],
-        [4, 4, 1],
-        [REGISTERS, REGISTERS, LOADER_REGISTERS],
+    _specialize(
+        _weight_gradients_of_tiles,
+        (ring, sizes, tensors, ones, NUM_PROGRAMS, ADD, SUM_COLUMNS, STAGES),
+        _load_tiles,
+        (grad, input, ring, sizes, NUM_PROGRAMS, STAGES),
+        PARTS, REGISTERS, LOADER_REGISTERS,
     )  # fmt: skip
 
 
-# Arguments of every kernel here: who does what, with which means.
-_WORKERS: dict[str, Any] = {
-    "PARTS": _WARPGROUPS,
-    "STAGES": _STAGES,
-    "REGISTERS": _REGISTERS,
-    "LOADER_REGISTERS": _LOADER_REGISTERS,
-    "num_warps": 4,
-}
+def _workers(warpgroups: int) -> dict[str, Any]:
+    """Arguments of every kernel here: who does what, with which means."""
+    stages, registers = _MEANS[warpgroups]
+    return {
+        "PARTS": warpgroups,
+        "STAGES": stages,
+        "REGISTERS": registers,
+        "LOADER_REGISTERS": _LOADER_REGISTERS,
+        "num_warps": 4,
+    }
+
 
 _GLUON_DTYPES = {
     torch.bfloat16: gl.bfloat16,
@@ -725,26 +775,29 @@ def _group(blocks: int) -> int:
 @prepared
 def statistics(
     form: LogitsForm,
+    rows: StatRows,
     tile_rows: int,
     keep: tuple[int, int] | None,
     masses: bool,
-    logit_sum: bool,
 ) -> Prepared:
-    """`forward.tile_statistics`: takes input, weight, target, keep, tiles, merged.
+    """`forward.tile_statistics` without ids: takes input, weight, bias, target, keep, tiles,
+    merged.
 
     Args:
-        form: of the logits, without bias and cap.
+        form: of the logits.
+        rows: optional statistics to compute.
         tile_rows: rows of the statistics of a tile.
         keep: columns to keep, and the stride of their rows; or None.
         masses: as there.
-        logit_sum: the only one of the optional statistics that is known here.
     """
     blocks = {} if keep is None else {"keep": (_STORED_COLUMNS, _ROWS)}
     return Prepared(
         tile_statistics_kernel,
         keep_V=0 if keep is None else keep[0],
         ROWS=tile_rows,
-        LOGIT_SUM=logit_sum,
+        LOGIT_SUM=rows.logit_sum,
+        ENTROPY=rows.entropy,
+        ARGMAX=rows.argmax,
         MASSES=masses,
         KEEP=keep is not None,
         **_tile_arguments(form, blocks),
@@ -755,11 +808,11 @@ def statistics(
 def gradients(
     form: LogitsForm, stride_out: int, coefficients: tuple[float, float, float]
 ) -> Prepared:
-    """`backward.grad_logits` without a filter: takes input, weight, target, upstream gradient,
-    maximum, log of the sum, and out.
+    """`backward.grad_logits` without a filter: takes input, weight, bias, target, upstream
+    gradient, maximum, log of the sum, and out.
 
     Args:
-        form: of the logits, without bias and cap.
+        form: of the logits.
         stride_out: of the rows of out.
         coefficients: see `LogitGradient`.
     """
@@ -805,23 +858,20 @@ def weight_gradient(
             "input": (_BLOCK_D, _HALF_V),
             "out": (_ROWS, _STORED_COLUMNS),
         },
-        **_WORKERS,
+        **_workers(3),
     )
 
 
 def _tile_arguments(form: LogitsForm, blocks: dict[str, tuple[int, int]]) -> dict[str, Any]:
     assert form.config.block_v == 2 * _HALF_V, "statistics are of tiles of that width"
     return {
-        "N": form.shape[0],
-        "V": form.shape[1],
-        "first_id": form.first_id,
-        "logit_scale": float(form.logit_scale),
-        "HAS_SCALE": form.logit_scale != 1.0,
+        **logit_arguments(form.shape, form.first_id, form.logit_scale, form.logit_softcap),
+        "HAS_BIAS": form.has_bias,
         "grid": min(form.programs, form.tiles),
         "D": form.shape[2],
         "NUM_PROGRAMS": form.programs,
         "group_n": _group(form.token_blocks),
-        **_WORKERS,
+        **_workers(form.warpgroups),
         "blocks": {
             "input": (_ROWS, _BLOCK_D),
             "weight": (_HALF_V, _BLOCK_D),

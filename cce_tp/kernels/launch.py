@@ -233,6 +233,12 @@ def logit_arguments(
     }
 
 
+def precise_cap(logit_softcap: float | None, dtype: torch.dtype) -> bool:
+    """A tanh that is off by 1.2e-7 of the cap is lost in the rounding of 16-bit operands, unless
+    the cap is large."""
+    return logit_softcap is not None and (logit_softcap > 50.0 or dtype.itemsize > 2)
+
+
 class LogitsForm(NamedTuple):
     """All about `LocalLogits` but the tensors, and how kernels tile it: a key for `prepared`.
 
@@ -243,7 +249,8 @@ class LogitsForm(NamedTuple):
         has_bias, first_id, logit_scale, logit_softcap: see `LocalLogits`.
         config, programs: see `tuning.config_for`.
         descriptor: whether input and weight go as descriptors.
-        warpgroups: whether `kernels.hopper` is to make them, of whose tiles there are `tiles`.
+        warpgroups: of `kernels.hopper` that are to make them, of whose tiles there are `tiles`; or
+            0.
         precision: of products, see `tuning.input_precision`.
     """
 
@@ -257,7 +264,7 @@ class LogitsForm(NamedTuple):
     config: tuning.TileConfig
     programs: int
     descriptor: bool
-    warpgroups: bool
+    warpgroups: int
     precision: str
 
     @classmethod
@@ -266,6 +273,7 @@ class LogitsForm(NamedTuple):
         input, weight = logits.input, logits.weight
         config, programs = tuning.config_for(input)
         descriptor = tuning.use_descriptors(input, weight)
+        plain = logits.bias is None and logits.logit_softcap is None
         return cls(
             logits.shape,
             (input.stride(0), weight.stride(0)),
@@ -277,17 +285,16 @@ class LogitsForm(NamedTuple):
             config,
             programs,
             descriptor,
-            descriptor
-            and logits.bias is None
-            and logits.logit_softcap is None
-            and tuning.use_warpgroups(input, len(weight), config, programs),
+            tuning.warpgroups(input, len(weight), config, programs, plain=plain)
+            if descriptor and not precise_cap(logits.logit_softcap, input.dtype)
+            else 0,
             tuning.input_precision(input.dtype),
         )
 
     @property
     def token_blocks(self) -> int:
         """Number of tiles that cover the tokens."""
-        rows = tuning.HOPPER_ROWS if self.warpgroups else self.config.block_n
+        rows = self.warpgroups * tuning.WARPGROUP_ROWS or self.config.block_n
         return tuning.ceil_div(self.shape[0], rows)
 
     @property
@@ -306,13 +313,6 @@ class LogitsForm(NamedTuple):
             "weight": (config.block_v, config.block_d),
         }
 
-    @property
-    def precise_cap(self) -> bool:
-        """A tanh that is off by 1.2e-7 of the cap is lost in the rounding of 16-bit operands,
-        unless the cap is large."""
-        softcap = self.logit_softcap
-        return softcap is not None and (softcap > 50.0 or self.dtype.itemsize > 2)
-
     def tile_arguments(self) -> dict[str, Any]:
         """Arguments of every kernel that walks all tiles, and its options, but for the tensors."""
         config, itemsize = self.config, self.dtype.itemsize
@@ -323,7 +323,7 @@ class LogitsForm(NamedTuple):
             "stride_input": self.strides[0],
             "stride_weight": self.strides[1],
             "HAS_BIAS": self.has_bias,
-            "PRECISE_CAP": self.precise_cap,
+            "PRECISE_CAP": precise_cap(self.logit_softcap, self.dtype),
             "NUM_PROGRAMS": self.programs,
             "DESCRIPTOR": self.descriptor,
             "PRECISION": self.precision,

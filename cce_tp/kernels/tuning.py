@@ -176,7 +176,7 @@ def _is_hopper(index: int) -> bool:
 HOPPER_ROWS = 192
 _TILE_COLUMNS = 256
 # Rows of each warpgroup.
-_WARPGROUP_ROWS = 64
+WARPGROUP_ROWS = 64
 # What a tile with tokens for one or for two of three warpgroups alone takes, in tokens of a full
 # one, and what a launch takes beside its tiles. Measured on an H100 at D = 4096.
 _PART_COSTS = {0: 0, 1: 135, 2: 160}
@@ -184,27 +184,39 @@ _LAUNCH_COST = 96
 _LEAST_MEASURED_D = 1536
 
 
-def use_warpgroups(input: Tensor, vocab: int, config: TileConfig, programs: int) -> bool:
-    """Whether `kernels.hopper` makes tiles of logits faster, of operands that descriptors
-    address: where rounding up to whole tiles, and to whole rounds of tiles, costs no more than 1.2%
-    above what it costs the others, or from D 4096 down to 1536 1.2% times 4096 / D.
+def warpgroups(input: Tensor, vocab: int, config: TileConfig, programs: int, *, plain: bool) -> int:
+    """How many warpgroups of `kernels.hopper` make tiles of logits fastest, of operands that
+    descriptors address; 0 where Triton's kernels do.
 
-    Measured on an H100 for eighteen shapes: with less forward passes are faster by 1.1% to 7%, but
-    for one that is slower by 1.7%; with more slower by 0.3% to 14%. They stand for the shipped
-    tiles of Hopper, not for other ones that somebody has measured."""
+    Three where that pays and their registers suffice, else two. They stand for the shipped tiles of
+    Hopper, not for other ones that somebody has measured.
+
+    Args:
+        input: (N, D).
+        vocab: V.
+        config, programs: see `config_for`.
+        plain: whether the logits have neither bias nor cap.
+    """
     if is_interpreted() or input.element_size() != 2 or config != _CONFIGS[90, 2]:
-        return False
+        return 0
+    if not _is_hopper(input.device.index or 0):
+        return 0
     sizes = len(input), vocab, input.shape[1]
-    return _is_hopper(input.device.index or 0) and warpgroups_pay(sizes, programs)
+    return 3 if plain and warpgroups_pay(sizes, programs) else 2
 
 
 def warpgroups_pay(sizes: tuple[int, int, int], programs: int) -> bool:
-    """`use_warpgroups`, on Hopper; of N, V, D."""
+    """Whether three warpgroups do, of N, V, D: where rounding up to whole tiles, and to whole
+    rounds of tiles, costs no more than 1.2% above what it costs the others, or from D 4096 down to
+    1536 1.2% times 4096 / D.
+
+    Measured on an H100 for eighteen shapes, against Triton's kernels: with less forward passes are
+    faster by 1.1% to 7%, but for one that is slower by 1.7%; with more slower by 0.3% to 14%."""
     num_tokens, vocab, hidden = sizes
     config = _CONFIGS[90, 2]
     columns = ceil_div(vocab, config.block_v)
     whole, rest = divmod(num_tokens, HOPPER_ROWS)
-    row = whole * HOPPER_ROWS + _PART_COSTS.get(ceil_div(rest, _WARPGROUP_ROWS), HOPPER_ROWS)
+    row = whole * HOPPER_ROWS + _PART_COSTS.get(ceil_div(rest, WARPGROUP_ROWS), HOPPER_ROWS)
     tiles = ceil_div(num_tokens, config.block_n) * columns
     others = ceil_div(tiles, programs) * config.block_n
     allowed = 1 + 0.012 * max(1.0, 4096 / max(hidden, _LEAST_MEASURED_D))
