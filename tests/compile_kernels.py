@@ -68,12 +68,15 @@ FEW = (
 # On Hopper: the speed of the exact path stands on these.
 LOGGED = (("bf16", "plain"), ("bf16", "cap"), ("bf16", "far-field"), ("bf16", "added"))
 LOG = {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_ALWAYS_COMPILE": "1"}
-# What `cce_tp.kernels.hopper` may make, too; the last two have code of their own.
+# What `cce_tp.kernels.hopper` may make, too, by so many warpgroups, or by two what takes registers.
 WARPGROUPS = (
-    ("bf16", 256, "plain"),
-    ("bf16", 256, "far-kept"),
-    ("fp16", 256, "terms"),
-    ("bf16", 256, "added"),
+    ("bf16", 256, "plain", 3),
+    ("bf16", 256, "far-kept", 3),
+    ("fp16", 256, "terms", 3),
+    ("bf16", 256, "added", 3),
+    ("bf16", 256, "cap", 3),
+    ("bf16", 256, "plain", 2),
+    ("bf16", 256, "everything", 2),
 )
 _TYPES = {
     torch.float32: "fp32",
@@ -190,13 +193,13 @@ def _first_tile_kept(*args: Any) -> KeptRows:
     return made
 
 
-def cases_of(capability: int, few: bool) -> list[tuple[str, int, str, bool]]:
-    """dtype, hidden size, features, whether by `kernels.hopper`."""
-    cases = [(*case, False) for case in CASES]
+def cases_of(capability: int, few: bool) -> list[tuple[str, int, str, int]]:
+    """dtype, hidden size, features, warpgroups of `kernels.hopper` or 0."""
+    cases = [(*case, 0) for case in CASES]
     if capability != 90:
         few, cases = True, [case for case in cases if case[1] == 256]
     elif tuning._has_gluon():
-        cases += [(*case, True) for case in WARPGROUPS]
+        cases += WARPGROUPS
     wanted = FEW + (LOGGED[:1] if capability == 90 else ())
     return [case for case in cases if not few or (case[0], case[2]) in wanted]
 
@@ -212,7 +215,7 @@ def main(capability: int, few: bool) -> None:
         config = tuning.tile_config(capability, dtype.itemsize)
         descriptors = capability >= 90 and hidden == 256
         kind = "descriptors" if descriptors else "pointers"
-        kind = "warpgroups" if warpgroups else kind
+        kind = f"{warpgroups}-warpgroups" if warpgroups else kind
         compiler.label = {"dtype": name, "variant": f"{features}-{kind}-{hidden}"}
         log = LOG if capability == 90 and (name, features) in LOGGED else {}
         with (
@@ -221,11 +224,9 @@ def main(capability: int, few: bool) -> None:
             mock.patch.object(options, "_why_not_triton", lambda *_: None),
             mock.patch.object(tuning, "config_for", lambda *_, c=config: (c, 128)),
             mock.patch.object(tuning, "use_descriptors", lambda *_, d=descriptors: d),
+            mock.patch.object(tuning, "warpgroups", lambda *_, w=warpgroups: w),
             mock.patch.object(
-                tuning, "warpgroups", lambda *_, plain, w=warpgroups: (2 + plain) * w
-            ),
-            mock.patch.object(
-                tuning, "rows_for_warpgroups", lambda out, *_, w=warpgroups: w * len(out)
+                tuning, "rows_for_warpgroups", lambda out, *_, w=warpgroups: len(out) if w else 0
             ),
             mock.patch.object(
                 tuning, "use_branch_descriptor", lambda _, d=descriptors: d and capability < 100

@@ -64,6 +64,16 @@ def token_terms(target_ptr, grad_ptr, max_ptr, log_sum_ptr, rows, first_col, N, 
 
 
 @triton.jit
+def cap_slope(x, logit_softcap, LOGISTIC: tl.constexpr):
+    """The cap's derivative at the logits x; with LOGISTIC a quarter of it: see `gradient_of`."""
+    if LOGISTIC:
+        return x - x * x
+    else:
+        capped = x * (1.0 / logit_softcap)
+        return 1.0 - capped * capped
+
+
+@triton.jit
 def gradient_of(
     x,
     target,
@@ -81,13 +91,22 @@ def gradient_of(
     HAS_Z_LOSS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     SPECIAL: tl.constexpr = None,
+    LOGISTIC: tl.constexpr = False,
 ):
     """From a tile of logits x (tokens, BLOCK_V), the numbers of its columns, and its `token_terms`:
     the gradient of each token's own loss with respect to y, the logit before the cap, times factor
     (tokens,); 0 for masked tokens.
 
-    SPECIAL, of tiles without a cap: what `is_special` says, or None if that is to be asked here."""
-    p = tl.exp2((x - max_x[:, None]) * LOG2E - (log_sum * LOG2E)[:, None])
+    SPECIAL: what `is_special` says, or None if that is to be asked here.
+    LOGISTIC: of capped logits x is not them but the `logistic` r of which they are cap - 2 cap r,
+    which saves four instructions for each element."""
+    if LOGISTIC:
+        # x - max is (cap - max) - 2 cap r, and the cap's derivative 4 (r - r^2).
+        below = (logit_softcap - max_x) * LOG2E - log_sum * LOG2E
+        p = tl.exp2(x * (-2.0 * LOG2E * logit_softcap) + below[:, None])
+        factor = 4.0 * factor
+    else:
+        p = tl.exp2((x - max_x[:, None]) * LOG2E - (log_sum * LOG2E)[:, None])
     # What is the same for all columns goes into one factor of p and one term.
     of_p = factor
     if HAS_Z_LOSS:
@@ -102,19 +121,21 @@ def gradient_of(
     # Most tiles hold no target, and no masked token: a branch costs less than a comparison per
     # element. One where that can be, since a second one that short becomes a selection of every
     # element; with a cap its derivative comes between them.
-    if HAS_SOFTCAP:
+    if SPECIAL is not None:
+        if SPECIAL:
+            g -= tl.where(in_tile[None, :] == target[:, None], at_target, 0.0)
+        if HAS_SOFTCAP:
+            g *= cap_slope(x, logit_softcap, LOGISTIC)
+        if SPECIAL:
+            g = tl.where(masked[:, None], 0.0, g)
+    elif HAS_SOFTCAP:
         if tl.max(here.to(tl.int32), axis=0) > 0:
             g -= tl.where(in_tile[None, :] == target[:, None], at_target, 0.0)
-        capped = x * (1.0 / logit_softcap)
-        g *= 1.0 - capped * capped
+        g *= cap_slope(x, logit_softcap, LOGISTIC)
         if tl.max(masked.to(tl.int32), axis=0) > 0:
             g = tl.where(masked[:, None], 0.0, g)
     else:
-        if SPECIAL is None:
-            if tl.max((here | masked).to(tl.int32), axis=0) > 0:
-                g -= tl.where(in_tile[None, :] == target[:, None], at_target, 0.0)
-                g = tl.where(masked[:, None], 0.0, g)
-        elif SPECIAL:
+        if tl.max((here | masked).to(tl.int32), axis=0) > 0:
             g -= tl.where(in_tile[None, :] == target[:, None], at_target, 0.0)
             g = tl.where(masked[:, None], 0.0, g)
     return g
@@ -390,6 +411,8 @@ def grad_logits(
     form, stride = LogitsForm.of(logits), out_VN.stride(0)
     described = tuning.use_descriptors(out_VN)
     of_tokens = logits.target, upstream.grad, upstream.max_logit, upstream.log_sum
+    if form.logit_softcap is not None:
+        form = form.of_few_warpgroups()
     if form.warpgroups and described and eps is None:
         from cce_tp.kernels import hopper
 

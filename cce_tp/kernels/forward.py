@@ -399,12 +399,11 @@ def tile_statistics(
     kept = None
     if keep is not None:
         kept = len(keep), keep.stride(0), tuning.use_branch_descriptor(keep)
-    if rows.entropy or rows.argmax:
-        form = form._replace(warpgroups=min(form.warpgroups, 2))  # for their registers
-    known = (kept is None or (kept[2] and not rows.entropy)) and not (
-        ids is not None and rows.argmax
-    )
-    if form.warpgroups and known:
+    if rows.entropy or rows.argmax or (form.logit_softcap is not None and (kept or masses)):
+        form = form.of_few_warpgroups()
+    # With both the entropy and kept logits two leave too few registers, too.
+    can_keep = kept is None or (kept[2] and not rows.entropy)
+    if form.warpgroups and can_keep and not (rows.argmax and ids is not None):
         from cce_tp.kernels import hopper
 
         run = hopper.statistics(form, rows, tile_rows, kept and kept[:2], masses)

@@ -67,11 +67,15 @@ _MEANS = {3: (7, 160), 2: (8, 232)}
 # 11 or more, then 1.020, 1.017, 1.013; D 4096 -, 1.017, 1.013, 1.010, 1.011, 1.009; D 8192 -, -,
 # 1.010, 1.004, 1.003, 1.002. On an H100: D 2304 1.016, -, 1.021, 1.021, 1.019, 1.018; D 4096 -,
 # 1.018, 1.013, 1.018, 1.017, 1.016; D 8192 -, -, 1.009, 1.016, 1.016, 1.018.
-_GROUP_BLOCKS = 4
+# With two warpgroups 8 are faster than 4 by up to 0.009, in the median 0.003 (an H200, D 2304 and
+# 4096, with and without bias, cap, kept logits, statistics).
+_GROUP_BLOCKS = {3: 4, 2: 8}
 
 # Where the warps of a warpgroup hold their sums.
 _HALF_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _HALF_V, 16]))
 _WHOLE_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * _HALF_V, 16]))
+_BIAS_LAYOUT = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
+_BIAS_BUF_LAYOUT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 _ONES_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 1], [8, 4], [1, 4], [1, 0]))
 _SUM_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _SUM_COLUMNS, 16]))
 
@@ -97,8 +101,8 @@ _twin(tile.multiply_add)
 _twin(tile.target_column)
 _twin(tile.exp_below)
 _twin(tile.reciprocal)
-_twin(tile.soft_cap)
-_scale_and_cap = _twin(tile.scale_and_cap)
+_logistic = _twin(tile.logistic)
+_logistic_factor = _twin(tile.logistic_factor)
 _mask_columns = _twin(forward.mask_columns)
 _logit_sums = _twin(forward.logit_sums)
 _targets_here = _twin(forward.targets_here)
@@ -107,6 +111,7 @@ _row_maxima = _twin(forward.row_maxima)
 _below_base = _twin(forward.below_base)
 _store_statistics = _twin(forward.store_statistics)
 _token_terms = _twin(backward.token_terms)
+_twin(backward.cap_slope)
 _gradient_of = _twin(backward.gradient_of)
 _is_special = _twin(backward.is_special)
 
@@ -217,24 +222,10 @@ def _k_first(buf, BLOCK_K: gl.constexpr):
 
 
 @gluon.jit
-def _first_sums(bias, col, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """What the sums of half a tile begin with: bias is None, or a pointer and its length."""
-    sums = gl.zeros([ROWS, COLUMNS], gl.float32, _HALF_LAYOUT)
-    if bias is not None:
-        cols = col + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, _HALF_LAYOUT))
-        values = gl.load(bias[0] + cols, mask=cols < bias[1], other=0.0)
-        sums += values.to(gl.float32)[None, :]
-    return warpgroup_mma_init(sums)
-
-
-@gluon.jit
-def _product(
-    ring, stage, phase, K, ones, bias, first_col, PART: gl.constexpr, STAGES: gl.constexpr
-) -> Any:
+def _product(ring, stage, phase, K, ones, PART: gl.constexpr, STAGES: gl.constexpr) -> Any:
     """Begin the sums of one tile for warpgroup number PART, (ROWS, BLOCK_N / 2) fp32 each of its
     left and right columns; unless `ones` is None, those of its rows of `a` times that; and where in
-    the ring the next tile begins. `_finish` waits for them. Unless `bias` is None the sums of the
-    columns, the first of which is first_col, are of that, too.
+    the ring the next tile begins. `_finish` waits for them.
 
     In halves, as one instruction for all would need more registers than ptxas grants a kernel of so
     many threads."""
@@ -243,8 +234,8 @@ def _product(
     BLOCK_K: gl.constexpr = a_bufs.shape[2]
     HALF: gl.constexpr = b_bufs.shape[2] if b_bufs.shape[1] == BLOCK_K else b_bufs.shape[1]
     PARTS: gl.constexpr = a_bufs.shape[0] // STAGES
-    left = _first_sums(bias, first_col, ROWS, HALF)
-    right = _first_sums(bias, first_col + HALF, ROWS, HALF)
+    left = warpgroup_mma_init(gl.zeros([ROWS, HALF], gl.float32, _HALF_LAYOUT))
+    right = warpgroup_mma_init(gl.zeros([ROWS, HALF], gl.float32, _HALF_LAYOUT))
     if ones is not None:
         COLUMNS: gl.constexpr = ones.shape[1]
         sums = warpgroup_mma_init(gl.zeros([ROWS, COLUMNS], gl.float32, _SUM_LAYOUT))
@@ -253,10 +244,8 @@ def _product(
         a = a_bufs.index(stage * PARTS + PART)
         b_left = _k_first(b_bufs.index(stage * 2), BLOCK_K)
         b_right = _k_first(b_bufs.index(stage * 2 + 1), BLOCK_K)
-        left = warpgroup_mma(a, b_left, left, use_acc=bias is not None or step > 0, is_async=True)
-        right = warpgroup_mma(
-            a, b_right, right, use_acc=bias is not None or step > 0, is_async=True
-        )
+        left = warpgroup_mma(a, b_left, left, use_acc=step > 0, is_async=True)
+        right = warpgroup_mma(a, b_right, right, use_acc=step > 0, is_async=True)
         # Until the step before this one has been multiplied.
         if ones is not None:
             sums = warpgroup_mma(a, ones, sums, use_acc=step > 0, is_async=True)
@@ -271,6 +260,42 @@ def _product(
         return left, right, sums, stage, phase
     else:
         return left, right, stage, phase
+
+
+@gluon.jit
+def _load_biases(buf, bias_ptr, first_col, V, factor):
+    """The biases of a tile's columns times factor, to shared memory in fp32.
+
+    Begun while the last products are made: what sums begin with, they would wait for. And not kept
+    in registers, of which there are so few that the compiler would rather load after the sums."""
+    cols = first_col + gl.arange(0, buf.shape[0], layout=_BIAS_LAYOUT)
+    biases = gl.load(bias_ptr + cols, mask=cols < V, other=0.0).to(gl.float32)
+    buf.store(biases * factor)
+
+
+@gluon.jit
+def _scaled(
+    left, right, bias_bufs, factor, PART: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr
+):
+    """Of both halves of a tile of sums: the logits, or with a cap what `logistic` is to be of."""
+    if SCALED:
+        left *= factor
+        right *= factor
+    if HAS_BIAS:
+        HALF: gl.constexpr = left.shape[1]
+        biases = bias_bufs.index(PART)
+        left += biases.slice(0, HALF).load(gl.SliceLayout(0, _HALF_LAYOUT))[None, :]
+        right += biases.slice(HALF, HALF).load(gl.SliceLayout(0, _HALF_LAYOUT))[None, :]
+    return left, right
+
+
+@gluon.jit
+def _factor(logit_scale, logit_softcap, HAS_SCALE: gl.constexpr, HAS_SOFTCAP: gl.constexpr):
+    """Of sums and bias alike: the scale, and what the cap's `logistic` takes them by."""
+    factor = logit_scale if HAS_SCALE else 1.0
+    if HAS_SOFTCAP:
+        factor *= _logistic_factor(logit_softcap)
+    return factor
 
 
 @gluon.jit
@@ -345,8 +370,7 @@ def _statistics_of_tiles(
     input_bufs, weight_bufs, _, _ = ring
     N, V, D, group_n = sizes
     first_id, logit_scale, logit_softcap = terms
-    bias_ptr, target_ptr, tiles_ptr, merged_ptr = tensors
-    bias = (bias_ptr, V) if HAS_BIAS else None
+    bias_ptr, bias_bufs, target_ptr, tiles_ptr, merged_ptr = tensors
     keep, store_bufs, keep_V = kept
     TOKENS: gl.constexpr = input_bufs.shape[1]
     PARTS: gl.constexpr = input_bufs.shape[0] // STAGES
@@ -354,22 +378,27 @@ def _statistics_of_tiles(
     blocks_n = gl.cdiv(N, PARTS * TOKENS)
     blocks_v = gl.cdiv(V, BLOCK_V)
     in_tile = gl.arange(0, BLOCK_V, layout=gl.SliceLayout(0, _WHOLE_LAYOUT))
+    factor = _factor(logit_scale, logit_softcap, HAS_SCALE, HAS_SOFTCAP)
     stage, phase = 0, 0
     next_m, next_n = _tile(gl.program_id(0), blocks_n, blocks_v, group_n)
     for number in range(gl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS):
         block_n, block_v = next_m, next_n
         first_row, first_col = (block_n * PARTS + PART) * TOKENS, block_v * BLOCK_V
         if first_row < N:
-            left, right, stage, phase = _product(
-                ring, stage, phase, D, None, bias, first_col, PART, STAGES
-            )
+            left, right, stage, phase = _product(ring, stage, phase, D, None, PART, STAGES)
             rows = first_row + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, _WHOLE_LAYOUT))
             targets = _targets_here(target_ptr, rows, first_col, N, V, first_id, BLOCK_V)
             next_m, next_n = _tile(number + NUM_PROGRAMS, blocks_n, blocks_v, group_n)
+            if HAS_BIAS:
+                _load_biases(bias_bufs.index(PART), bias_ptr, first_col, V, factor)
             left, right = _finish(ring, stage, (left, right), STAGES)
             # Of one half after the other: fewer registers.
-            left = _scale_and_cap(left, logit_scale, logit_softcap, HAS_SCALE, HAS_SOFTCAP, False)
-            right = _scale_and_cap(right, logit_scale, logit_softcap, HAS_SCALE, HAS_SOFTCAP, False)
+            left, right = _scaled(
+                left, right, bias_bufs, factor, PART, HAS_BIAS, HAS_SCALE or HAS_SOFTCAP
+            )
+            if HAS_SOFTCAP:
+                left = logit_softcap - 2.0 * logit_softcap * _logistic(left)
+                right = logit_softcap - 2.0 * logit_softcap * _logistic(right)
             x = gl.join(left, right).permute((0, 2, 1)).reshape([TOKENS, BLOCK_V])
             x = gl.convert_layout(x, _WHOLE_LAYOUT)
             if LOGIT_SUM:
@@ -412,18 +441,20 @@ def _store_gradients(
     HAS_SOFTCAP: gl.constexpr,
     SPECIAL: gl.constexpr,
 ):
-    """From both halves of a tile of sums at (row, column)."""
+    """From both halves of a tile at (row, column), `_scaled`."""
     out, store_bufs = tensors
     logit_scale, logit_softcap, z_loss, onehot_weight, uniform_weight = terms
     target, grad, max_x, log_sum = of_token
     HALF_V: gl.constexpr = x[0].shape[1]
     factor = grad * logit_scale if HAS_SCALE else grad
     for i in gl.static_range(2):
-        half = _scale_and_cap(x[i], logit_scale, logit_softcap, HAS_SCALE, HAS_SOFTCAP, False)
+        half = x[i]
+        if HAS_SOFTCAP:
+            half = _logistic(half)
         g = _gradient_of(
             half, target - i * HALF_V, grad, factor, max_x, log_sum, in_half,
             logit_softcap, z_loss, onehot_weight, uniform_weight,
-            HALF_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, SPECIAL,
+            HALF_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, SPECIAL, HAS_SOFTCAP,
         )  # fmt: skip
         _store_transposed(out, store_bufs, g.to(out.dtype), at[1] + i * HALF_V, at[0], PART)
 
@@ -447,43 +478,41 @@ def _gradients_of_tiles(
     """What warpgroup number PART does for G^T."""
     input_bufs, weight_bufs, _, _ = ring
     N, V, D, group_n = sizes
-    bias_ptr, target_ptr, grad_ptr, max_ptr, log_sum_ptr, outs = tensors
-    bias = (bias_ptr, V) if HAS_BIAS else None
+    bias_ptr, bias_bufs, target_ptr, grad_ptr, max_ptr, log_sum_ptr, outs = tensors
     TOKENS: gl.constexpr = input_bufs.shape[1]
     PARTS: gl.constexpr = input_bufs.shape[0] // STAGES
     HALF_V: gl.constexpr = weight_bufs.shape[1]
     blocks_n = gl.cdiv(N, PARTS * TOKENS)
     blocks_v = gl.cdiv(V, 2 * HALF_V)
     in_half = gl.arange(0, HALF_V, layout=gl.SliceLayout(0, _HALF_LAYOUT))
+    factor = _factor(coefficients[0], coefficients[1], HAS_SCALE, HAS_SOFTCAP)
     stage, phase = 0, 0
     for number in range(gl.program_id(0), blocks_n * blocks_v, NUM_PROGRAMS):
         block_n, block_v = _tile(number, blocks_n, blocks_v, group_n)
         first_row, first_col = (block_n * PARTS + PART) * TOKENS, block_v * (2 * HALF_V)
         if first_row < N:
-            left, right, stage, phase = _product(
-                ring, stage, phase, D, None, bias, first_col, PART, STAGES
-            )
+            left, right, stage, phase = _product(ring, stage, phase, D, None, PART, STAGES)
             rows = first_row + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, _HALF_LAYOUT))
             of_token = _token_terms(
                 target_ptr, grad_ptr, max_ptr, log_sum_ptr, rows, first_col, N, V, first_id
             )
+            if HAS_BIAS:
+                _load_biases(bias_bufs.index(PART), bias_ptr, first_col, V, factor)
             left, right = _finish(ring, stage, (left, right), STAGES)
+            left, right = _scaled(
+                left, right, bias_bufs, factor, PART, HAS_BIAS, HAS_SCALE or HAS_SOFTCAP
+            )
             # Two ways for the tile as a whole: a branch around a few instructions for each element
             # becomes their selection, which costs a third of all instructions here.
-            if HAS_SOFTCAP:
+            if _is_special(of_token[0], of_token[1], 2 * HALF_V):
                 _store_gradients(
                     (left, right), of_token, in_half, (first_row, first_col), outs, coefficients,
-                    PART, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, True, None,
-                )  # fmt: skip
-            elif _is_special(of_token[0], of_token[1], 2 * HALF_V):
-                _store_gradients(
-                    (left, right), of_token, in_half, (first_row, first_col), outs, coefficients,
-                    PART, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, False, True,
+                    PART, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, HAS_SOFTCAP, True,
                 )  # fmt: skip
             else:
                 _store_gradients(
                     (left, right), of_token, in_half, (first_row, first_col), outs, coefficients,
-                    PART, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, False, False,
+                    PART, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SCALE, HAS_SOFTCAP, False,
                 )  # fmt: skip
         else:
             stage, phase = _skip_product(ring, stage, phase, D, STAGES)
@@ -542,7 +571,7 @@ def _weight_gradients_of_tiles(
         if SUM_COLUMNS:
             if block_d == block_v % blocks_d:  # one tile of a row, not always the same program's
                 left, right, sums, stage, phase = _product(
-                    ring, stage, phase, N, ones, None, 0, PART, STAGES
+                    ring, stage, phase, N, ones, PART, STAGES
                 )
                 left, right, sums = _finish(ring, stage, (left, right, sums), STAGES)
                 rows = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, _SUM_LAYOUT))
@@ -550,12 +579,10 @@ def _weight_gradients_of_tiles(
                 row_sums = gl.sum(sums, 1) / SUM_COLUMNS  # of equal columns: exact
                 gl.store(sums_ptr + rows, so_far + row_sums, mask=rows < V)
             else:
-                left, right, stage, phase = _product(
-                    ring, stage, phase, N, None, None, 0, PART, STAGES
-                )
+                left, right, stage, phase = _product(ring, stage, phase, N, None, PART, STAGES)
                 left, right = _finish(ring, stage, (left, right), STAGES)
         else:
-            left, right, stage, phase = _product(ring, stage, phase, N, None, None, 0, PART, STAGES)
+            left, right, stage, phase = _product(ring, stage, phase, N, None, PART, STAGES)
             left, right = _finish(ring, stage, (left, right), STAGES)
         next_m, next_n = _tile(number + NUM_PROGRAMS, blocks_v, blocks_d, group_v)
         buf = store_bufs.index(PART)
@@ -624,10 +651,14 @@ def tile_statistics_kernel(
         )
     else:
         keep, store_bufs = input, ring[0]
-    if not HAS_BIAS:
-        bias_ptr = V
+    if HAS_BIAS:
+        bias_bufs = gl.allocate_shared_memory(
+            gl.float32, [PARTS, 2 * weight.block_shape[0]], _BIAS_BUF_LAYOUT
+        )
+    else:
+        bias_ptr, bias_bufs = V, V  # no partition takes a None: what is not read
     sizes, terms = (N, V, D, group_n), (first_id, logit_scale, logit_softcap)
-    tensors = bias_ptr, target_ptr, tiles_ptr, merged_ptr
+    tensors = bias_ptr, bias_bufs, target_ptr, tiles_ptr, merged_ptr
     kept = keep, store_bufs, keep_V
     _specialize(
         _statistics_of_tiles,
@@ -677,10 +708,14 @@ def grad_logits_kernel(
     store_bufs = gl.allocate_shared_memory(
         out.dtype, [2 * PARTS, out.block_shape[0], out.block_shape[1]], out.layout
     )
-    if not HAS_BIAS:
-        bias_ptr = V  # no partition takes a None: what is not read
+    if HAS_BIAS:
+        bias_bufs = gl.allocate_shared_memory(
+            gl.float32, [PARTS, 2 * weight.block_shape[0]], _BIAS_BUF_LAYOUT
+        )
+    else:
+        bias_ptr, bias_bufs = V, V  # no partition takes a None: what is not read
     sizes = N, V, D, group_n
-    tensors = bias_ptr, target_ptr, grad_ptr, max_ptr, log_sum_ptr, (out, store_bufs)
+    tensors = bias_ptr, bias_bufs, target_ptr, grad_ptr, max_ptr, log_sum_ptr, (out, store_bufs)
     coefficients = logit_scale, logit_softcap, z_loss, onehot_weight, uniform_weight
     _specialize(
         _gradients_of_tiles,
@@ -766,9 +801,9 @@ def descriptor(
     return TensorDescriptor(matrix, shape, strides, block, layout)
 
 
-def _group(blocks: int) -> int:
+def _group(blocks: int, warpgroups: int) -> int:
     """Blocks of rows that sweep the columns together, in groups of about equal size."""
-    groups = max(1, round(blocks / _GROUP_BLOCKS))
+    groups = max(1, round(blocks / _GROUP_BLOCKS[warpgroups]))
     return ceil_div(blocks, groups)
 
 
@@ -849,7 +884,7 @@ def weight_gradient(
         V=vocab,
         D=hidden,
         N=tokens,
-        group_v=_group(row_blocks),
+        group_v=_group(row_blocks, 3),
         NUM_PROGRAMS=programs,
         ADD=accumulate,
         SUM_COLUMNS=_SUM_COLUMNS if sums else 0,
@@ -870,7 +905,7 @@ def _tile_arguments(form: LogitsForm, blocks: dict[str, tuple[int, int]]) -> dic
         "grid": min(form.programs, form.tiles),
         "D": form.shape[2],
         "NUM_PROGRAMS": form.programs,
-        "group_n": _group(form.token_blocks),
+        "group_n": _group(form.token_blocks, form.warpgroups),
         **_workers(form.warpgroups),
         "blocks": {
             "input": (_ROWS, _BLOCK_D),

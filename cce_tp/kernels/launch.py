@@ -273,7 +273,6 @@ class LogitsForm(NamedTuple):
         input, weight = logits.input, logits.weight
         config, programs = tuning.config_for(input)
         descriptor = tuning.use_descriptors(input, weight)
-        plain = logits.bias is None and logits.logit_softcap is None
         return cls(
             logits.shape,
             (input.stride(0), weight.stride(0)),
@@ -285,11 +284,15 @@ class LogitsForm(NamedTuple):
             config,
             programs,
             descriptor,
-            tuning.warpgroups(input, len(weight), config, programs, plain=plain)
+            tuning.warpgroups(input, len(weight), config, programs)
             if descriptor and not precise_cap(logits.logit_softcap, input.dtype)
             else 0,
             tuning.input_precision(input.dtype),
         )
+
+    def of_few_warpgroups(self) -> LogitsForm:
+        """With two of them where it was three: for what needs more registers than three leave."""
+        return self._replace(warpgroups=min(self.warpgroups, 2))
 
     @property
     def token_blocks(self) -> int:

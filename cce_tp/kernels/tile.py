@@ -153,6 +153,18 @@ def dot_tile(
 
 
 @triton.jit
+def logistic(w):
+    """1 / (1 + 2^w). For w = `logistic_factor` of a cap times y, cap * tanh(y / cap) is cap less
+    2 cap times that."""
+    return reciprocal(1.0 + tl.exp2(w))
+
+
+@triton.jit
+def logistic_factor(cap):
+    return 2.0 * LOG2E / cap
+
+
+@triton.jit
 def soft_cap(y, cap, PRECISE: tl.constexpr):
     """cap * tanh(y / cap) without overflow: to 1.2e-7 of cap, or with PRECISE to 5e-6 of itself."""
     if PRECISE:
@@ -163,7 +175,7 @@ def soft_cap(y, cap, PRECISE: tl.constexpr):
         t = tl.where(size < 0.02, size * (1.0 - size * size / 3.0), t)
         return cap * tl.where(y < 0, -t, t)
     else:
-        return cap - 2.0 * cap * reciprocal(1.0 + tl.exp2(y * (2.0 * LOG2E / cap)))
+        return cap - 2.0 * cap * logistic(y * logistic_factor(cap))
 
 
 @triton.jit
