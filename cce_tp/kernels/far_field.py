@@ -30,7 +30,7 @@ from cce_tp.far_field import (
 from cce_tp.filtering import LARGEST_FAR_MASS
 from cce_tp.kernels import forward, tuning
 from cce_tp.kernels.backward import coefficient_arguments, gradient_of
-from cce_tp.kernels.launch import LogitsForm, launch, matrix_argument
+from cce_tp.kernels.launch import launch, matrix_argument
 from cce_tp.kernels.tile import LOG2E, dot_tile
 from cce_tp.kernels.tuning import ceil_div
 from cce_tp.problem import KeptLogits, LocalLogits, LogitGradient
@@ -982,8 +982,14 @@ def sorted_statistics(
     keeps = 0 if kept is None else kept.columns
     # About as many rows as are gathered at a time, which decides by what tiles they are multiplied.
     at_once = logits.columns(0, min(max(available // row, tile), vocab))
-    token_blocks = LogitsForm.of(at_once).token_blocks
-    step = rows_per_gather(available, row, tile, vocab, token_blocks, programs)
+    form = forward.statistics_form(
+        at_once,
+        rows,
+        masses=True,
+        is_sorted=True,
+        kept=None if kept is None else tuning.use_branch_descriptor(kept.below_max),
+    )
+    step = rows_per_gather(available, row, tile, vocab, form.token_blocks, programs)
     for start, stop in blocks(vocab, step):
         ids = order[start:stop]
         t0, t1 = start // tile, ceil_div(stop, tile)

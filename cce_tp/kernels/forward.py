@@ -395,23 +395,40 @@ def tile_statistics(
         masses: also make the rows for the far field: one, or three with a cap.
         keep: (columns, N) fp16, takes the first columns' logits less their tile's maximum; or None.
     """
-    form, tile_rows = LogitsForm.of(logits), tiles.shape[1]
-    kept = None
+    kept, tile_rows = None, tiles.shape[1]
     if keep is not None:
         kept = len(keep), keep.stride(0), tuning.use_branch_descriptor(keep)
-    if rows.entropy or rows.argmax or (form.logit_softcap is not None and (kept or masses)):
-        form = form.of_few_warpgroups()
-    # With both the entropy and kept logits two leave too few registers, too.
-    can_keep = kept is None or (kept[2] and not rows.entropy)
-    if form.warpgroups and can_keep and not (rows.argmax and ids is not None):
+    form = statistics_form(
+        logits, rows, masses=masses, is_sorted=ids is not None, kept=kept and kept[2]
+    )
+    if form.warpgroups:
         from cce_tp.kernels import hopper
 
         run = hopper.statistics(form, rows, tile_rows, kept and kept[:2], masses)
         run(logits.input, logits.weight, logits.bias, logits.target, keep, tiles, merged)
         return
-    form = form._replace(warpgroups=0)
     run = _tile_statistics(form, rows, tile_rows, kept, ids is not None, masses)
     run(logits.input, logits.weight, logits.bias, logits.target, ids, keep, tiles, merged)
+
+
+def statistics_form(
+    logits: LocalLogits, rows: StatRows, *, masses: bool, is_sorted: bool, kept: bool | None
+) -> LogitsForm:
+    """In which form `tile_statistics` takes logits: which kernel makes their tiles.
+
+    Args:
+        logits, rows, masses: as there.
+        is_sorted: whether there are ids.
+        kept: whether a descriptor addresses where logits are kept; or None, where none are.
+    """
+    form = LogitsForm.of(logits)
+    known = kept is not False and not (rows.argmax and is_sorted)
+    if not known or (rows.entropy and kept):  # the latter for registers, even of two warpgroups
+        return form._replace(warpgroups=0)
+    capped = form.logit_softcap is not None
+    if rows.entropy or rows.argmax or (capped and (kept or masses)):
+        return form.of_few_warpgroups()
+    return form
 
 
 @prepared
