@@ -177,7 +177,7 @@ def _gradient_of(x_NV: Tensor, logits: LocalLogits, upstream: LogitGradient) -> 
     """Gradient of each token's own loss with respect to y, before the upstream gradient."""
     g_NV = (x_NV - upstream.max_logit[:, None]).sub_(upstream.log_sum[:, None])
     # A logit of another width of tile may be rounded otherwise than in the forward pass, and then
-    # lie above the maximum: by 1e23 at 1e30. The kernels make the same bits in both passes.
+    # lie above the maximum: by 1e23 at 1e30.
     g_NV = g_NV.clamp_(max=0.0).exp_()
     if upstream.z_loss != 0:
         lse_N = upstream.max_logit + upstream.log_sum

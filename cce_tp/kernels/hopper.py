@@ -8,15 +8,19 @@ in Gluon, which can say what Triton cannot:
 tile of 192 x 256 brings 22% fewer bytes from the L2 cache for each product than one of 128 x 256.
 
 *Warpgroups that run apart.* One warp loads; three warpgroups of 64 tokens each multiply and go on
-by themselves, so that one's exponentials run beside the others' products.
+by themselves, so that one's exponentials run beside the others' products. Or two, and tiles of
+128 x 256: where the larger ones do not fit the sizes (`tuning.warpgroups`), and where what comes
+after the product takes more registers than three leave (`forward.statistics_form`, G^T with a cap).
 
 *Sums in memory.* dC that is added to is not read: the bulk copy engine adds to it where it lies.
 
 Triton's interpreter does not know Gluon, which also changes from release to release: there, on
-other devices, in other releases, where the tiles do not fit (`tuning.warpgroups`,
-`tuning.rows_for_warpgroups`) and for operands that the bulk copy engine cannot address Triton's two
-kernels and the vendor's product run. Triton's compute the same bits, but for G^T with z-loss or
-smoothing, which is the same to rounding, as is dC (`tests/test_hopper.py`).
+other devices, in other releases, with the paper's filter or a cap above 50, where statistics take
+too much (`forward.statistics_form`), for rows of dC that do not fit (`tuning.rows_for_warpgroups`)
+and for operands that the bulk copy engine cannot address Triton's two kernels and the vendor's
+product run. Triton's compute the same bits, but for a cap or a bias with a scale, a bias with a
+cap, and G^T with a cap, z-loss or smoothing, which are the same to rounding, as is dC
+(`tests/test_hopper.py`).
 
 Legend: N tokens, V vocabulary rows of this launch, D hidden size.
 """
@@ -97,7 +101,7 @@ def _twin(function: Any) -> Any:
 
 
 _halves = _twin(tile.halves)
-_twin(tile.multiply_add)
+_multiply_add = _twin(tile.multiply_add)
 _twin(tile.target_column)
 _twin(tile.exp_below)
 _twin(tile.reciprocal)
@@ -277,15 +281,24 @@ def _load_biases(buf, bias_ptr, first_col, V, factor):
 def _scaled(
     left, right, bias_bufs, factor, PART: gl.constexpr, HAS_BIAS: gl.constexpr, SCALED: gl.constexpr
 ):
-    """Of both halves of a tile of sums: the logits, or with a cap what `logistic` is to be of."""
-    if SCALED:
-        left *= factor
-        right *= factor
+    """Of both halves of a tile of sums: the logits, or with a cap what `logistic` is to be of.
+
+    A sum that is rounded once: of a bias that overflows with its factor where sum and bias cancel
+    it makes an infinity, which the cap takes; of two products it would be NaN."""
     if HAS_BIAS:
         HALF: gl.constexpr = left.shape[1]
         biases = bias_bufs.index(PART)
-        left += biases.slice(0, HALF).load(gl.SliceLayout(0, _HALF_LAYOUT))[None, :]
-        right += biases.slice(HALF, HALF).load(gl.SliceLayout(0, _HALF_LAYOUT))[None, :]
+        of_left = biases.slice(0, HALF).load(gl.SliceLayout(0, _HALF_LAYOUT))[None, :]
+        of_right = biases.slice(HALF, HALF).load(gl.SliceLayout(0, _HALF_LAYOUT))[None, :]
+        if SCALED:
+            left = _multiply_add(left, factor, of_left)
+            right = _multiply_add(right, factor, of_right)
+        else:
+            left += of_left
+            right += of_right
+    elif SCALED:
+        left *= factor
+        right *= factor
     return left, right
 
 
@@ -454,7 +467,7 @@ def _store_gradients(
         g = _gradient_of(
             half, target - i * HALF_V, grad, factor, max_x, log_sum, in_half,
             logit_softcap, z_loss, onehot_weight, uniform_weight,
-            HALF_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, SPECIAL, HAS_SOFTCAP,
+            HALF_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, SPECIAL, HAS_SOFTCAP, HAS_SCALE,
         )  # fmt: skip
         _store_transposed(out, store_bufs, g.to(out.dtype), at[1] + i * HALF_V, at[0], PART)
 
@@ -642,7 +655,8 @@ def tile_statistics_kernel(
     REGISTERS: gl.constexpr,
     LOADER_REGISTERS: gl.constexpr,
 ):
-    """As `forward.tile_statistics_kernel`; input, weight and keep are descriptors."""
+    """As `forward.tile_statistics_kernel`, without SORTED and for caps up to 50; input, weight and
+    keep are descriptors."""
     ring = _ring(input, weight, STAGES, PARTS)
     # No partition takes a None: what is not read.
     if KEEP:
@@ -815,8 +829,8 @@ def statistics(
     keep: tuple[int, int] | None,
     masses: bool,
 ) -> Prepared:
-    """`forward.tile_statistics` without ids: takes input, weight, bias, target, keep, tiles,
-    merged.
+    """`forward.tile_statistics`, but no argmax by ids: takes input, weight, bias, target, keep,
+    tiles, merged.
 
     Args:
         form: of the logits.
