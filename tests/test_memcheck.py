@@ -40,11 +40,16 @@ cases += [(torch.bfloat16, 40, options) for options in alone]
 del everything["grad_filter"]
 cases += [(dtype, hidden, dict(everything, keep=0.3))
           for dtype, hidden in itertools.product(dtypes, (37, 136))]
+# On Hopper such sizes take two warpgroups; these once more by three.
+capped = dict(label_smoothing=0.1, z_loss=1e-3, logit_scale=0.7, logit_softcap=20.0)
+cases = [(*case, False) for case in cases]
+cases += [(torch.bfloat16, 40, options, True)
+          for options in ({}, capped, dict(into=True), dict(keep=0.3),
+                          dict(keep=0.3, into=True), dict(capped, keep=0.3))]
 far_field = sys.argv[1] == "far-field"
 cases = [case for case in cases if ("keep" in case[2]) == far_field]
-for number, (dtype, hidden, options) in enumerate(cases):
-    # On Hopper three warpgroups and two, in turn; sizes like these would have two.
-    tuning.warpgroups_pay = lambda *_, three=number % 2: three
+for dtype, hidden, options, three in cases:
+    tuning.warpgroups_pay = lambda *_, three=three: three
     options = dict(options)
     into, keep = options.pop("into", False), options.pop("keep", None)
     # With the far field a few likely rows, so that their tiles are kept and others are not; without
