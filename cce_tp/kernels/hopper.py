@@ -15,11 +15,12 @@ after the product takes more registers than three leave (`forward.statistics_for
 *Sums in memory.* dC that is added to is not read: the bulk copy engine adds to it where it lies.
 
 Triton's interpreter does not know Gluon, which also changes from release to release: there, on
-other devices, in other releases, with the paper's filter or a cap above 50, where statistics take
-too much (`forward.statistics_form`), for rows of dC that do not fit (`tuning.rows_for_warpgroups`)
-and for operands that the bulk copy engine cannot address Triton's two kernels and the vendor's
-product run. Triton's compute the same bits, but for a cap or a bias with a scale, a bias with a
-cap, and G^T with a cap, z-loss or smoothing, which are the same to rounding, as is dC
+other devices, in other releases, with a cap above 50, where statistics take too much
+(`forward.statistics_form`), for G^T with the paper's filter, for rows of dC that do not fit
+(`tuning.rows_for_warpgroups`) and for operands that the bulk copy engine cannot address Triton's
+two kernels and the vendor's product run. Triton's compute the same bits, or, with a bias or a cap
+and a scale, a bias and a cap, for sums of logits with a scale that is no power of two, and for G^T
+with such a scale, a cap, z-loss or smoothing, the same to rounding, as is dC
 (`tests/test_hopper.py`).
 
 Legend: N tokens, V vocabulary rows of this launch, D hidden size.
