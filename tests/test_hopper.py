@@ -128,8 +128,7 @@ def _statistics(
     """Of all tiles, and what is kept."""
     num_tokens, vocab, _ = logits.shape
     num_tiles = tuning.ceil_div(vocab, 256)
-    more = (3 if logits.logit_softcap else 1) if masses else 0
-    tiles, merged = forward.empty_tiles(num_tiles, num_tokens, rows, logits.input, more=more)
+    tiles, merged = forward.empty_tiles(num_tiles, num_tokens, rows, logits.input, more=int(masses))
     tiles.fill_(UNWRITTEN)
     merged.fill_(UNWRITTEN)
     ids = torch.randperm(vocab, device="cuda") if masses else None
@@ -195,7 +194,7 @@ def test_only_what_they_can_do_goes_to_them() -> None:
         forward.tile_statistics(capped, ROWS, tiles, merged)
         forward.tile_statistics(capped, ROWS, tiles, merged, keep=keep)
         forward.tile_statistics(capped, ROWS, tiles, merged, ids=target, masses=True)
-        assert reached == ["hopper 3", "hopper 2", "hopper 2"]
+        assert reached == ["hopper 3", "hopper 2", "triton 0"]
         reached.clear()
         for eps in (None, 1e-3):
             backward.grad_logits(plain, upstream, torch.zeros(32, 8).bfloat16(), eps)
@@ -228,7 +227,8 @@ def test_several_groups_of_token_blocks() -> None:
 def test_statistics_have_the_same_bits(case: Case, warpgroups: int, keep: int) -> None:
     """But for what is rounded once here and twice there: to rounding."""
     logits = case.make()
-    masses, columns = case.hidden == 256, case.vocab * keep // 2
+    masses = case.hidden == 256 and case.softcap is None
+    columns = case.vocab * keep // 2
     rows = ROWS._replace(logit_sum=case.vocab > 1000)
     with made_by(0):
         expected = _statistics(logits, columns, masses, rows)
@@ -338,25 +338,6 @@ def test_a_bias_may_lie_anywhere(warpgroups: int) -> None:
             backward.grad_logits(each, upstream, out[:, :300], None)
             found.append([*_statistics(each, 512, masses=False), out[:, :300]])
     _assert_equal_bits(found[1], found[0])
-
-
-@gpu
-@hopper
-@pytest.mark.parametrize("warpgroups", [0, 2, 3])
-def test_a_huge_scaled_logit_has_a_finite_gradient(warpgroups: int) -> None:
-    """At 1e10 a product that is rounded in the forward pass alone is hundreds above its maximum."""
-    logits = Case(300, 1024, 128, scale=0.7).make()
-    logits = logits._replace(input=logits.input * 1e10)
-    with made_by(warpgroups):
-        tiles, _ = _statistics(logits, 0, masses=False)
-        max_logit = tiles[:, 0].amax(dim=0)
-        upstream = LogitGradient(
-            torch.ones(300, device="cuda"), max_logit, torch.zeros(300, device="cuda"),
-            0.0, 0.0, 1024,
-        )  # fmt: skip
-        out = torch.empty(1024, gradient_pitch(300), dtype=torch.bfloat16, device="cuda")[:, :300]
-        backward.grad_logits(logits, upstream, out, None)
-    assert torch.isfinite(out).all() and out.abs().max() <= 1
 
 
 class _Int(int):

@@ -15,7 +15,7 @@ after the product takes more registers than three leave (`forward.statistics_for
 *Sums in memory.* dC that is added to is not read: the bulk copy engine adds to it where it lies.
 
 Triton's interpreter does not know Gluon, which also changes from release to release: there, on
-other devices, in other releases, with a cap above 50, where statistics take too much
+other devices, in other releases, with a cap above 50, for some statistics
 (`forward.statistics_form`), for G^T with the paper's filter, for rows of dC that do not fit
 (`tuning.rows_for_warpgroups`) and for operands that the bulk copy engine cannot address Triton's
 two kernels and the vendor's product run. Triton's compute the same bits, or, with a bias or a cap
@@ -468,7 +468,7 @@ def _store_gradients(
         g = _gradient_of(
             half, target - i * HALF_V, grad, factor, max_x, log_sum, in_half,
             logit_softcap, z_loss, onehot_weight, uniform_weight,
-            HALF_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, SPECIAL, HAS_SOFTCAP, HAS_SCALE,
+            HALF_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, SPECIAL, HAS_SOFTCAP,
         )  # fmt: skip
         _store_transposed(out, store_bufs, g.to(out.dtype), at[1] + i * HALF_V, at[0], PART)
 
