@@ -5,8 +5,9 @@
 #   PYTHON=python3.12 bash tests/run.sh      everything, with another interpreter (3.10 or newer)
 #   bash tests/run.sh tests/test_values.py -k smoothing    arguments go to pytest
 #
-# Needs Python with venv and pip, a C compiler, and on the first call a package index. The first
-# call makes .venv/pyX.Y; later calls use it again, without network, until the dependencies in
+# Needs Python with venv and pip, a C compiler, and on the first call a package index and disk: with
+# a CUDA build of torch 6 GB, and 3 GB more in TMPDIR while it is installed. The first call makes
+# .venv/pyX.Y; later calls use it again, without network, until the dependencies in
 # pyproject.toml, the tested versions in tests/constraints-pyX.Y.txt or the interpreter change.
 #
 # The exit status is 0 only if every step passed. The tests run even when a step before them
@@ -57,6 +58,11 @@ print(digest.hexdigest())
 PYTHON
 }
 
+# Free space for a path, as people read it.
+free_disk() {
+    df -h --output=avail "$1" | tail -n 1 | tr -d ' '
+}
+
 # The stamp is removed first and written last: an environment that was left half made, by an
 # error or an interruption, is never taken for a whole one.
 make_environment() {
@@ -70,7 +76,9 @@ make_environment() {
     else
         echo "   no $constraints: the newest versions that pyproject.toml admits"
     fi
-    "$environment/bin/python" -m pip install "${options[@]}" || fail "could not install the project"
+    "$environment/bin/python" -m pip install "${options[@]}" ||
+        fail "could not install the project ($(free_disk "$environment") free for $environment," \
+            "$(free_disk "${TMPDIR:-/tmp}") in ${TMPDIR:-/tmp})"
     "$environment/bin/python" -m pip check || fail "the installed packages do not fit together"
     printf '%s\n' "$key" >"$stamp" || fail "could not write $stamp"
 }
