@@ -9,8 +9,7 @@ Legend: N tokens, V global vocabulary, V_local rows of this rank, D hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +20,13 @@ from cce_tp.sharding import VocabShard
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 # What is no DTensor: to look at others takes a module that is slow to import.
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+# What came of arguments that were checked, by all that their check depends on.
+_MOST_KNOWN = 256
+_known: dict[tuple[Any, ...], tuple[LossOptions, Settings]] = {}
 
 
-@dataclass(frozen=True, slots=True)
-class Operands:
+class Operands(NamedTuple):
     """Tensors of one call, plain and flat.
 
     Attributes:
@@ -61,13 +62,18 @@ def prepare(
     Raises:
         ValueError: on this rank and, if the group has not been used before, on all of its ranks.
     """
+    tensors = (input, linear_weight, linear_bias, target, grad_weight_out)
+    key = _key(tensors, vocab_shard, settings)
+    if key is not None:
+        known = _known.get(key)
+        if known is not None:
+            return _flat(*tensors), *known
     if vocab_shard is not None and not isinstance(vocab_shard, VocabShard):
         fail("vocab_shard", "a cce_tp.VocabShard or None", repr(vocab_shard))
     group_name = "" if vocab_shard is None else vocab_shard.group_name
     try:
         checked = check_settings(settings)
-        tensors = (input, linear_weight, linear_bias, target, grad_weight_out)
-        if any(type(tensor) not in _PLAIN for tensor in tensors):
+        if not _PLAIN.issuperset(map(type, tensors)):
             from cce_tp import dtensors
 
             tensors, vocab_shard = dtensors.unwrap(tensors, vocab_shard)
@@ -95,7 +101,64 @@ def prepare(
         if group_name and not torch.compiler.is_compiling():
             sharding.agree(group_name, sharding.Agreement(None, "", 0, problem=str(error)))
         raise
+    if key is not None:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
+        _known[key] = options, checked
     return operands, options, checked
+
+
+def _key(
+    tensors: tuple[Tensor | None, ...], shard: VocabShard | None, settings: dict[str, Any]
+) -> tuple[Any, ...] | None:
+    """All that the check of a call depends on; None where that is more than can be said, as the
+    values of the targets."""
+    if torch.compiler.is_compiling() or sharding.debug_enabled():
+        return None
+    if not _PLAIN.issuperset(map(type, tensors)):
+        return None
+    if shard is None:
+        rows = None
+    elif type(shard) is VocabShard:
+        # Not the shard itself, whose group would be kept alive.
+        rows = shard.start, shard.stop, shard.vocab_size, shard.group_name
+        rows = *rows, shard.reduce_input_grad, shard.sequence_parallel, shard.token_parts
+    else:
+        return None
+    input, _, _, _, out = tensors
+    if input is None:
+        return None
+    values, device_type = settings.values(), input.device.type
+    key = (
+        *values,
+        *map(type, values),  # 1, 1.0 and True are one key, and not all of them are valid
+        rows,
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
+        out is not None and out.is_contiguous(),
+        *[
+            None if each is None else (each.shape, each.dtype, each.device, each.requires_grad)
+            for each in tensors
+        ],
+    )
+    try:
+        hash(key)
+    except TypeError:  # a setting that cannot be hashed, and so is no valid one either
+        return None
+    return key
+
+
+def _flat(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    grad_weight_out: Tensor | None,
+) -> Operands:
+    # A view of what is flat already would be one more node of the graph for autograd to walk.
+    flat = input if input.dim() == 2 else input.reshape(-1, input.shape[-1])
+    ids = target if target.dim() == 1 else target.reshape(-1)
+    return Operands(flat, weight, bias, ids.long(), grad_weight_out)
 
 
 def _check_tensors(
@@ -150,10 +213,7 @@ def _check_tensors(
             fail(name, f"input's device {device}", str(tensor.device))
     if grad_weight_out is not None:
         _check_grad_weight_out(grad_weight_out, weight)
-    # A view of what is flat already would be one more node of the graph for autograd to walk.
-    flat = input if input.dim() == 2 else input.reshape(-1, hidden)
-    ids = target if target.dim() == 1 else target.reshape(-1)
-    return Operands(flat, weight, bias, ids.long(), grad_weight_out), shard
+    return _flat(input, weight, bias, target, grad_weight_out), shard
 
 
 def _gathered(input: Tensor, parts: int) -> tuple[int, ...]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 import cce_tp
+from cce_tp.arguments import _key as prepare_key
 from variants import DEVICE, HAS_CUDA
 
 N, V, D = 6, 10, 4
@@ -171,6 +173,72 @@ def test_bad_arguments(name: str) -> None:
     assert "\n" not in message
     for text in texts:
         assert text in message, f"{text!r} is not in {message!r}"
+
+
+def _out(**of: Any) -> dict[str, Any]:
+    return {"grad_weight_out": zeros(V, D, **of)}
+
+
+# What is valid, and what is not although it looks the same to a dictionary or has the same shapes.
+ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "bool-zero": ({"label_smoothing": 0}, {"label_smoothing": False}),
+    "bool-one": ({"ignore_index": 1}, {"ignore_index": True}),
+    "one-statistics": ({"return_stats": True}, {"return_stats": 1}),
+    "float-one": ({"keep_logits_bytes": 0}, {"keep_logits_bytes": 0.0}),
+    "out-strides": (_out(), {"grad_weight_out": zeros(D, V).t()}),
+    "out-requires-grad": (_out(), {"grad_weight_out": zeros(V, D).requires_grad_()}),
+    "out-device": (_out(), _out(device="meta")),
+    "out-dtype": (_out(), _out(dtype=torch.float16)),
+    "list": ({}, {"target": [0] * N}),
+    "unhashable": ({}, {"reduction": ["mean"]}),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_valid_call_before_hides_no_error(name: str) -> None:
+    """Arguments are checked once for each combination of what the check depends on."""
+    valid, bad = ALIKE[name]
+    for _ in range(2):
+        cce_tp.linear_cross_entropy(**{**arguments(), **valid}, impl="torch")
+    with pytest.raises(ValueError, match=rf"^{next(iter(bad))}\b"):
+        cce_tp.linear_cross_entropy(**{**arguments(), **bad}, impl="torch")
+
+
+def test_targets_are_checked_at_every_call_in_debug_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = arguments()
+    for _ in range(2):
+        cce_tp.linear_cross_entropy(**given, impl="torch")
+    given["target"] = torch.full_like(given["target"], V)
+    monkeypatch.setenv("CCE_TP_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"^target\b"):
+        cce_tp.linear_cross_entropy(**given, impl="torch")
+
+
+def test_what_a_check_depends_on() -> None:
+    """Also where it is no error, or one that takes a group to show."""
+    given, settings = arguments(), {"reduction": "mean"}
+    shard = cce_tp.VocabShard.even(V)
+
+    def key(**others: Any) -> Any:
+        tensors = {**given, **{name: it for name, it in others.items() if name in given}}
+        rows = others.get("shard", shard)
+        bias = others.get("bias")
+        ordered = tensors["input"], tensors["linear_weight"], bias, tensors["target"], None
+        return prepare_key(ordered, rows, settings)
+
+    with mock.patch.object(cce_tp.VocabShard, "token_parts", 2):
+        parts = key()
+    assert key() == key() != parts
+    keys = [key(), parts, key(shard=None), key(bias=zeros(V))]
+    keys += [key(shard=cce_tp.VocabShard(0, V, V, reduce_input_grad=False))]
+    keys += [key(input=torch.randn(N, D, device=DEVICE).requires_grad_())]
+    with torch.no_grad():
+        keys.append(key())
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast(DEVICE, dtype):
+            keys.append(key())
+    assert len({*keys}) == len(keys)
+    assert prepare_key((None,) * 5, shard, settings) is None
 
 
 @pytest.mark.skipif(HAS_CUDA, reason="the interpreter only runs where there is no CUDA device")
