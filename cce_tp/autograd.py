@@ -134,13 +134,14 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         # In dC's memory, where there will be a dC together with dE.
         inside = options.keep_logits_in_grad and grad_enabled and not torch.compiler.is_compiling()
         inside = inside and ctx.needs_input_grad[0] and ctx.needs_input_grad[1]
+        lent_dtype = ops.dtype_code(weight.dtype) if inside else ops.NOT_WANTED
         loss, normaliser_2N, count, packed_RN, far = ops.loss(
             *operands,
             *_logit_arguments(options),
             *(rows.logit_sum, rows.entropy, rows.argmax),
             far_budget,
             keep_bytes,
-            ops.dtype_code(weight.dtype) if inside else ops.NOT_WANTED,
+            lent_dtype,
             options.group_name,
             options.sequence_parallel,
             [options.start, options.stop, options.vocab_size],
@@ -148,6 +149,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             [operands[0].shape[1], *options.numbers] if options.group_name else [],
             options.workspace_bytes,
             options.impl,
+            name=("loss", options, far_budget, keep_bytes, lent_dtype) if options.replays else None,
         )
         totals_4 = far.pop() if far_budget is not None and rows.argmax else None
         # Not saved as what must not change: the backward pass writes it, and gives it away.
@@ -231,6 +233,7 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], upstream: Tensor) -> tuple[Tens
         options.sequence_parallel,
         options.workspace_bytes,
         options.impl,
+        name=("gradients", options, lent is None, *codes) if options.replays else None,
     )
     results = [grad if want else None for grad, want in zip(made, wanted, strict=True)]
     if lent is not None:

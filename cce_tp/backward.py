@@ -30,6 +30,7 @@ from cce_tp.problem import (
     statistics_dtype,
 )
 from cce_tp.products import InputSum, add_product, copies_operands, row_sums, weight_product
+from cce_tp.replay import Kind
 from cce_tp.sharding import TokenGather
 from cce_tp.workspace import (
     BackwardSizes,
@@ -123,6 +124,22 @@ class _Head:
     loan: _Loan | None = None
 
 
+class _Begun(NamedTuple):
+    """What a walk over a run of kept logits has before the number of kept rows is known.
+
+    Attributes:
+        held: (N, D) takes the sum of dE.
+        gathered: (T + K', D) the tiles' mean rows, then the first of the kept rows.
+        grad_KN: (K, N) G^T of all rows whose logits are kept.
+        all_KN: (T + K, N) that of the tiles, and then the same.
+    """
+
+    held: Tensor
+    gathered: Tensor
+    grad_KN: Tensor
+    all_KN: Tensor
+
+
 class _Columns:
     """Cuts this rank's logits into strips: of its rows as they are, or of a list of them.
 
@@ -173,8 +190,10 @@ class _BackwardPass:
         state: FarField | None,
         kept: KeptLogits | None,
         arriving: TokenGather | None,
+        kind: Kind,
     ) -> None:
         self.backend = backend
+        self.kind = kind
         self.arriving = arriving
         self.finished = 0  # tokens whose dE is complete
         if eps is not None or state is not None:
@@ -199,6 +218,7 @@ class _BackwardPass:
                 weight=sinks.weight,
                 accumulate=sinks.accumulate_weight,
                 bias=sinks.bias is not None,
+                kind=kind,
             )
             self.left_bytes += state.nbytes
         if eps is not None:
@@ -285,19 +305,19 @@ class _BackwardPass:
         ahead = rows_ahead(beside, workspace_bytes, kept.columns)
         if ahead is None:
             return None
+        num_tokens, vocab, _ = self.logits.shape
         # Before the host waits: what the device does meanwhile.
-        num_tokens, vocab, hidden = self.logits.shape
-        held = memory_of(
-            grad_weight, far.late.sum_byte, (num_tokens, hidden), self.sum_dtype, hidden
+        upstream = self.upstream.grad, self.upstream.max_logit, self.upstream.log_sum
+        rows = far.means, far.kept.rows, far.column, far.tiles
+        begun: _Begun = self.kind.call(
+            "run",
+            (*self.logits[:4], *kept[:2], grad_weight, *rows, *upstream),
+            lambda: self._begin_run(far, kept, grad_weight, ahead),
         )
-        total = InputSum(grad_input, self.sum_dtype, in_place=False, borrow=False, held=held)
+        total = InputSum(grad_input, self.sum_dtype, in_place=False, borrow=False, held=begun.held)
         ((_, _, out),) = total.parts
-        gathered = far.with_means(ahead)
-        grad_KN = kept.below_max.view(self.logits.input.dtype)
-        shape = (num_tiles + kept.columns, num_tokens)
-        all_KN = far.late.tile_gradients(grad_weight, grad_KN.dtype, shape)
-        logits = self.logits.columns(0, kept.columns)._replace(target=far.column, first_id=0)
-        self.backend.grad_kept(kept, 0, logits, self.upstream, grad_KN, far.tiles)
+        gathered, grad_KN, all_KN = begun.gathered, begun.grad_KN, begun.all_KN
+        del begun  # of whose rows there are others below
         far.wait()
         self.columns = _Columns(self.logits, far.kept.rows, far.column)
         known, run = far.run, self.columns.count
@@ -317,8 +337,8 @@ class _BackwardPass:
                 rows, column, gathered[num_tiles + known : num_tiles + run]
             )._replace(first_id=known)
             self.backend.grad_logits(logits, self.upstream, grad_KN[known:run], None)
+            del logits
         self._add_bias(_Strip(0, run, far.kept.rows[:run]), grad_KN[:run])
-        del logits
         assert run > 0  # the first tile is always kept; so the product that comes first is made
         for start, stop in blocks(run, ahead):
             if start == 0:
@@ -344,6 +364,23 @@ class _BackwardPass:
                 self._token_walk(plan.rest, sizes, _Head(run, total, None, loan))
             loan.settle()
         return True
+
+    def _begin_run(
+        self, far: FarBackward, kept: KeptLogits, grad_weight: Tensor, ahead: int
+    ) -> _Begun:
+        num_tokens, _, hidden = self.logits.shape
+        late, dtype = far.late, self.logits.input.dtype
+        gathered = far.with_means(ahead)
+        grad_KN = kept.below_max.view(dtype)
+        logits = self.logits.columns(0, kept.columns)._replace(target=far.column, first_id=0)
+        self.backend.grad_kept(kept, 0, logits, self.upstream, grad_KN, far.tiles)
+        shape = (len(far.tiles) + kept.columns, num_tokens)
+        return _Begun(
+            memory_of(grad_weight, late.sum_byte, (num_tokens, hidden), self.sum_dtype, hidden),
+            gathered,
+            grad_KN,
+            late.tile_gradients(grad_weight, dtype, shape),
+        )
 
     def _head_start(self, far: FarBackward, workspace_bytes: int) -> _Head | None:
         """Take the first columns before their number is known, so that the device has work while
@@ -890,6 +927,7 @@ def gradients(
     kept: KeptLogits | None,
     arriving: TokenGather | None,
     workspace_bytes: int,
+    kind: Kind,
 ) -> None:
     """Write this rank's gradients into `sinks`.
 
@@ -904,10 +942,11 @@ def gradients(
             both dE and dC are wanted.
         arriving: what fills `logits.input`, or None: it is there.
         workspace_bytes: cap on temporaries beyond the gradients.
+        kind: of the call, if parts of it are to be replayed.
     """
     num_tokens, vocab, _ = logits.shape
     if num_tokens > 0 and vocab > 0:
-        walked = _BackwardPass(backend, logits, upstream, sinks, eps, far, kept, arriving)
+        walked = _BackwardPass(backend, logits, upstream, sinks, eps, far, kept, arriving, kind)
         walked.run(workspace_bytes)
         return
     if sinks.input is not None:

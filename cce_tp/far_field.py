@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from cce_tp import replay
 from cce_tp.problem import (
     KeptLogits,
     LocalLogits,
@@ -28,6 +29,7 @@ from cce_tp.problem import (
     statistics_dtype,
 )
 from cce_tp.products import add_product
+from cce_tp.replay import Kind
 from cce_tp.stats import StatRows
 from cce_tp.workspace import ALIGNMENT, aligned, for_buffers, gradient_pitch
 
@@ -474,6 +476,25 @@ class FarGradient:
     targets: TargetPlan
 
 
+class _Started(NamedTuple):
+    """What does not depend on the number of kept tiles.
+
+    Attributes:
+        kept, targets: as there.
+        summed: (T, N) gradient of the logits summed over each tile; 0 for kept ones.
+        by_tile: (T,) its sums over the tokens, if the bias gradient is wanted.
+        weight: of the `FarGradient`.
+        factor: of the targets, as dC needs it.
+    """
+
+    kept: KeptRows
+    targets: TargetPlan
+    summed: Tensor
+    by_tile: Tensor | None
+    weight: Tensor | None
+    factor: Tensor
+
+
 class FarBackward:
     """The far field in one backward pass: which rows are walked, and what is added for the rest.
 
@@ -503,6 +524,7 @@ class FarBackward:
         weight: Tensor | None,
         accumulate: bool,
         bias: bool,
+        kind: Kind,
     ) -> None:
         """
         Args:
@@ -510,37 +532,61 @@ class FarBackward:
             weight: dC, (V, D), or None if it is not wanted.
             accumulate: add to `weight`.
             bias: whether the bias gradient is wanted.
+            kind: of the call.
         """
         self._backend, self._far, self._logits, self._unscale = backend, far, logits, unscale
         self._weight, self._accumulate, self.late, self.run = weight, accumulate, late, 0
-        self._tile = tile = backend.tile_rows(logits.input)
-        vocab = logits.weight.shape[0]
-        kept = backend.kept_rows(far.kept, far.order, tile, late.first_row)
-        self.tiles, self.waited = far.kept, False
-        self.kept, self._numbers = kept, _HostCopy(kept.numbers)
-        self._targets = backend.plan_targets(far, kept.slot, upstream, logits)
+        self._tile, self.tiles, self.waited = backend.tile_rows(logits.input), far.kept, False
+        self._wants_bias, self._written = bias, 0
+        operands = logits.input, logits.weight, logits.bias, logits.target
+        per_token = upstream.grad, upstream.max_logit, upstream.log_sum
+        made: _Started = kind.call(
+            "far field",
+            (*operands, *far, *per_token, unscale, weight),
+            lambda: self._start(upstream),
+            self._copy_numbers,
+        )
+        self.kept, self._targets, self._summed, self._bias_T = made[:4]
         self.column = self._targets.column
-        inside = None
+        self._gradient = self._far_gradient(made)
+        if not accumulate:
+            self._written = late.first_row
+        vocab, inside = logits.weight.shape[0], late.far_byte >= 0
+        self.nbytes = (0 if inside else self._summed.nbytes) + _nbytes(made.weight) + 27 * vocab
+
+    def _copy_numbers(self, numbers: Tensor) -> None:
+        self._numbers = _HostCopy(numbers)
+
+    def _start(self, upstream: LogitGradient) -> _Started:
+        backend, far, logits, late = self._backend, self._far, self._logits, self.late
+        kept = backend.kept_rows(far.kept, far.order, self._tile, late.first_row)
+        replay.outside(self._copy_numbers, kept.numbers)
+        targets = backend.plan_targets(far, kept.slot, upstream, logits)
+        weight, inside, unscale = self._weight, None, self._unscale
         if late.far_byte >= 0:
             assert weight is not None
             shape = (len(far.kept), logits.shape[0])
             inside = late.tile_gradients(weight, logits.input.dtype, shape)
-        self._summed = backend.far_gradient(far.masses, upstream, logits, inside)
-        self._bias_T = None
-        if bias:  # before dC is written over it
-            wide = statistics_dtype(logits.input.dtype)
-            self._bias_T = self._summed.sum(dim=1, dtype=wide)
+        summed = backend.far_gradient(far.masses, upstream, logits, inside)
+        by_tile = far_weight = None
+        wide, factor = statistics_dtype(logits.input.dtype), targets.factor
+        if self._wants_bias:  # before dC is written over it
+            by_tile = summed.sum(dim=1, dtype=wide)
             if unscale is not None:
-                self._bias_T *= unscale
-        self._gradient = None
-        if weight is not None or bias:
-            self._gradient = self._far_gradient(weight is not None)
+                by_tile *= unscale
+        if weight is not None:
+            shape = (far.kept.shape[0], logits.shape[2])
+            far_weight = torch.empty(shape, dtype=wide, device=weight.device)
+            add_product(far_weight, summed, logits.input, accumulate=False)
+            if unscale is not None:
+                far_weight *= unscale
+        if unscale is not None:
+            factor = factor * unscale
+        made = _Started(kept, targets, summed, by_tile, far_weight, factor)
         # Nobody reads these rows before all of dC is written, whichever way.
-        self._written = 0
-        if not accumulate:
-            self._write_weight(late.first_row, targets=False)
-        made = 0 if self._gradient is None else _nbytes(self._gradient.weight)
-        self.nbytes = (self._summed.nbytes if inside is None else 0) + made + 27 * vocab
+        if not self._accumulate:
+            self._write_weight(self._far_gradient(made), (0, late.first_row), targets=False)
+        return made
 
     def wait(self) -> None:
         """Until the host knows how many rows are kept."""
@@ -552,24 +598,13 @@ class FarBackward:
         self.kept = self.kept.first(count, late_rows)
         self.run = min(run * tile, self.late.columns)
 
-    def _far_gradient(self, wants_weight: bool) -> FarGradient:
-        far, input = self._far, self._logits.input
-        weight, targets = None, self._targets
-        if wants_weight:
-            shape = (far.kept.shape[0], input.shape[1])
-            wide = statistics_dtype(input.dtype)
-            weight = torch.empty(shape, dtype=wide, device=input.device)
-            add_product(weight, self._summed, input, accumulate=False)
-        if self._unscale is not None:
-            targets = targets._replace(factor=targets.factor * self._unscale)
-            if weight is not None:
-                weight *= self._unscale
+    def _far_gradient(self, made: _Started) -> FarGradient:
         return FarGradient(
             tile=self._tile,
-            order=far.order,
-            kept=far.kept,
-            weight=weight,
-            targets=targets,
+            order=self._far.order,
+            kept=self._far.kept,
+            weight=made.weight,
+            targets=made.targets._replace(factor=made.factor),
         )
 
     def leave_weight(self) -> None:
@@ -577,6 +612,11 @@ class FarBackward:
         if self.late.far_byte >= 0:
             self._summed = self._summed.clone()
             self.nbytes += self._summed.nbytes
+
+    @property
+    def means(self) -> Tensor:
+        """(T, D) mean row of each tile."""
+        return self._far.means
 
     def with_means(self, count: int) -> Tensor:
         """(T + count, D): the tiles' mean rows, then the first of the kept rows.
@@ -624,24 +664,25 @@ class FarBackward:
 
         Args:
             bias: (V,) fp32, added to, or None."""
-        self._write_weight(self._logits.weight.shape[0], targets=True)
+        stop = self._logits.weight.shape[0]
+        self._write_weight(self._gradient, (self._written, stop), targets=True)
+        self._written = stop
         if bias is not None:
             self._add_bias(bias)
 
-    def _write_weight(self, stop: int, *, targets: bool) -> None:
-        """The rows of dC before `stop` that are not written yet; those that are targets, which take
-        a kernel of their own, at the end."""
-        if self._gradient is not None and self._weight is not None:
+    def _write_weight(self, gradient: FarGradient, rows: tuple[int, int], *, targets: bool) -> None:
+        """The rows of dC that are not written yet; those that are targets, which take a kernel of
+        their own, at the end."""
+        if self._weight is not None:
             self._backend.write_far_rows(
-                self._gradient,
+                gradient,
                 self._logits.input,
                 self._weight,
                 None,
-                (self._written, stop),
+                rows,
                 targets=targets,
                 accumulate=self._accumulate,
             )
-        self._written = stop
 
     def _add_bias(self, bias: Tensor) -> None:
         """Each tile's gradient, evenly over its rows, and the targets'."""
@@ -651,7 +692,6 @@ class FarBackward:
         share = self._bias_T / rows_left.clamp(max=self._tile)
         spread = share.repeat_interleave(self._tile, output_size=num_tiles * self._tile)[:vocab]
         bias.index_add_(0, self._far.order, spread)  # a permutation: no two meet
-        assert self._gradient is not None
         self._backend.write_far_rows(
             self._gradient,
             self._logits.input,

@@ -12,12 +12,12 @@ D hidden size.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cce_tp import far_field, sharding
+from cce_tp import far_field, replay, sharding
 from cce_tp.backend import Backend, backend
 from cce_tp.backward import GradientSinks, gradients
 from cce_tp.far_field import FarField, LateRows
@@ -26,6 +26,7 @@ from cce_tp.problem import (
     LocalLogits,
     LogitGradient,
     LossTerms,
+    TokenLoss,
     statistics_dtype,
 )
 from cce_tp.products import FullPrecisionSums, copies_operands
@@ -46,6 +47,8 @@ _TERMS_SCHEMA = (
 _ROWS_SCHEMA = "bool logit_sum, bool entropy, bool argmax"
 
 
+# input, weight, bias and target come first.
+_OPERANDS = 4
 _TERMS_AT = len(LocalLogits._fields)
 _REST_AT = _TERMS_AT + len(LossTerms._fields)
 
@@ -63,7 +66,7 @@ def _define(name: str, schema: str, function: Any, fake: Any) -> Any:
     """Register one operator for every device, and return its callable."""
 
     def implementation(*arguments: Any) -> Any:
-        return _filled(_run(function, arguments), arguments[0])
+        return _filled(_run(function, arguments, None), arguments[0])
 
     _LIBRARY.define(f"{name}{schema}")
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
@@ -72,13 +75,14 @@ def _define(name: str, schema: str, function: Any, fake: Any) -> Any:
     )
     operator = getattr(torch.ops.cce_tp, name).default
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, name: tuple[Any, ...] | None) -> Any:
         """The operator, where a compiler or another observer of operators may look on; else the
-        function itself, since the dispatcher takes as long as a launch to pass its arguments on.
+        function itself, since the dispatcher takes as long as a launch to pass its arguments on;
+        or, of a call that has a `name` for `replay`, perhaps what it was seen to do.
         """
         if torch.compiler.is_compiling() or _modes_above() or type(arguments[0]) is not Tensor:
             return operator(*arguments)
-        return _run(function, arguments)
+        return _run(function, arguments, name)
 
     return call
 
@@ -119,19 +123,19 @@ class _MemoryHint:
         ) from error
 
 
-def _run(function: Any, arguments: tuple[Any, ...]) -> Any:
+def _run(function: Any, arguments: tuple[Any, ...], name: tuple[Any, ...] | None) -> Any:
     """Call on the device of the first argument and without autocast, which would redo casts."""
     device = arguments[0].device
     autocast = torch.is_autocast_enabled(device.type)
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     if not autocast and not elsewhere:
-        return function(*arguments)
+        return function(arguments, name)
     with ExitStack() as stack:
         if autocast:
             stack.enter_context(torch.autocast(device.type, enabled=False))
         if elsewhere:
             stack.enter_context(torch.cuda.device(device))
-        return function(*arguments)
+        return function(arguments, name)
 
 
 def _with_all_tokens(
@@ -168,15 +172,34 @@ def _statistics(
 _LossOutputs = tuple[Tensor, Tensor, Tensor, Tensor | None, list[Tensor]]
 
 
-def _loss(*arguments: Any) -> _LossOutputs:
+def _loss(arguments: tuple[Any, ...], name: tuple[Any, ...] | None) -> _LossOutputs:
     logits, terms, rest = _split(arguments)
-    flags, (far_budget, keep_logits_bytes, lent_dtype, group, sequence_parallel, *rest) = (
-        rest[:3],
+    rows, (far_budget, keep_logits_bytes, lent_dtype, group, sequence_parallel, *rest) = (
+        StatRows(*rest[:3]),
         rest[3:],
     )
     shard, agreed, numbers, workspace_bytes, impl = rest
-    rows = StatRows(*flags)
     chosen = backend(impl)
+
+    def statistics() -> _Statistics:
+        budget = _budget(workspace_bytes, logits, terms.vocab_size)
+        if far_budget is None or not _has_logits(logits):
+            keep = lent_dtype, keep_logits_bytes
+            return _exact_statistics(chosen, whole, arriving, rows, budget, keep)
+        return _sorted_statistics(chosen, whole, rows, budget, lent_dtype)
+
+    def finish(local: _Statistics, packed: Tensor) -> tuple[TokenLoss, FarField | None]:
+        made = chosen.token_loss(packed, logits.target, rows, terms)
+        if local.ordered is None:
+            return made, None
+        assert far_budget is not None
+        choose, kept = local.ordered.choose, local.kept
+        return made, choose(chosen, whole, packed, made.normaliser, terms, far_budget, kept)
+
+    def both() -> tuple[_Statistics, tuple[TokenLoss, FarField | None]]:
+        local = statistics()
+        return local, finish(local, local.packed)
+
     keeps = keep_logits_bytes > 0 or lent_dtype != NOT_WANTED
     with _MemoryHint(workspace_bytes, keeps=keeps):
         if group:
@@ -187,43 +210,89 @@ def _loss(*arguments: Any) -> _LossOutputs:
             )
             sharding.agree(group, offer)
         whole, arriving = _with_all_tokens(logits, group, sequence_parallel)
-        budget = _budget(workspace_bytes, logits, terms.vocab_size)
-        ordered = kept = lent = None
-        if far_budget is None or not _has_logits(logits):
-            tile = chosen.tile_rows(whole.input)
-            if lent_dtype != NOT_WANTED:
-                lent, kept = _kept_inside(whole, lent_dtype, tile, budget)
-            elif keep_logits_bytes > 0:
-                kept = KeptLogits.empty(whole, tile, keep_logits_bytes)
-            taken = 0 if lent is None or kept is None else kept.tile_max.nbytes
-            packed = _statistics(chosen, whole, arriving, rows, budget - taken, kept)
-        else:
-            if arriving is not None:
+        if arriving is not None:
+            if far_budget is None:
+                name = None  # what is there comes first
+            else:
                 arriving.wait()
-            if lent_dtype != NOT_WANTED and not copies_operands(whole.input):
-                dtype, tile = _DTYPES[lent_dtype], chosen.tile_rows(whole.input)
-                lent, kept = far_field.lend(whole, dtype, tile, budget)
-            ordered = far_field.sorted_statistics(chosen, whole, rows, budget, lent, kept)
-            packed = ordered.statistics.packed
-        if group:
-            packed = sharding.merge_over_group(packed, rows, group)
-        made = chosen.token_loss(packed, logits.target, rows, terms)
+        operands = whole[:_OPERANDS]
+        kind = replay.kind_of(name, operands)
+        if not group:
+            local, (made, far_field_left) = kind.call("all", operands, both)
+            packed = local.packed
+        else:
+            local = kind.call("statistics", operands, statistics)
+            packed = sharding.merge_over_group(local.packed, rows, group)
+            tensors = (*operands, packed, *local.tensors)
+            made, far_field_left = kind.call("loss", tensors, lambda: finish(local, packed))
         far: list[Tensor] = []
-        chosen_tiles = None
-        if kept is not None:
-            far = [kept.below_max if lent is None else lent, kept.tile_max]
-        if ordered is not None:
-            assert far_budget is not None
-            chosen_tiles = ordered.choose(
-                chosen, whole, packed, made.normaliser, terms, far_budget, kept
-            )
-            far += chosen_tiles
+        if local.kept is not None:
+            first = local.kept.below_max if local.lent is None else local.lent
+            far = [first, local.kept.tile_max]
+        if far_field_left is not None:
+            far += far_field_left
         if far_budget is not None and rows.argmax:
-            totals = far_field.totals(chosen_tiles, packed)
+            totals = far_field.totals(far_field_left, packed)
             if group:
                 totals = sharding.sum_over_group(totals, group)
             far = [*far, totals]
     return made.loss, made.normaliser, made.count, packed if rows.argmax else None, far
+
+
+class _Statistics(NamedTuple):
+    """What the forward pass makes before it knows of other ranks.
+
+    Attributes:
+        packed: statistics of this rank.
+        lent: dC's memory, where logits are kept there.
+        kept: kept logits.
+        ordered: with the far field.
+    """
+
+    packed: Tensor
+    lent: Tensor | None = None
+    kept: KeptLogits | None = None
+    ordered: far_field.Ordered | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that the loss is still made of."""
+        if self.ordered is None:
+            return ()
+        kept = () if self.kept is None else (self.kept.tile_max,)
+        return (*self.ordered.statistics, self.ordered.order, self.ordered.place, *kept)
+
+
+def _exact_statistics(
+    chosen: Backend,
+    logits: LocalLogits,
+    arriving: sharding.TokenGather | None,
+    rows: StatRows,
+    workspace_bytes: int,
+    keep: tuple[int, int],
+) -> _Statistics:
+    """keep: the dtype of dC, or NOT_WANTED; and how many bytes elsewhere."""
+    (lent_dtype, keep_logits_bytes), tile = keep, chosen.tile_rows(logits.input)
+    lent = kept = None
+    if lent_dtype != NOT_WANTED:
+        lent, kept = _kept_inside(logits, lent_dtype, tile, workspace_bytes)
+    elif keep_logits_bytes > 0:
+        kept = KeptLogits.empty(logits, tile, keep_logits_bytes)
+    if lent is not None and kept is not None:
+        workspace_bytes -= kept.tile_max.nbytes
+    packed = _statistics(chosen, logits, arriving, rows, workspace_bytes, kept)
+    return _Statistics(packed, lent, kept)
+
+
+def _sorted_statistics(
+    chosen: Backend, logits: LocalLogits, rows: StatRows, workspace_bytes: int, lent_dtype: int
+) -> _Statistics:
+    lent = kept = None
+    if lent_dtype != NOT_WANTED and not copies_operands(logits.input):
+        dtype, tile = _DTYPES[lent_dtype], chosen.tile_rows(logits.input)
+        lent, kept = far_field.lend(logits, dtype, tile, workspace_bytes)
+    ordered = far_field.sorted_statistics(chosen, logits, rows, workspace_bytes, lent, kept)
+    return _Statistics(ordered.statistics.packed, lent, kept, ordered)
 
 
 def _kept_inside(
@@ -286,27 +355,23 @@ def _loss_fake(*arguments: Any) -> _LossOutputs:
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def _gradients(*arguments: Any) -> _Gradients:
+def _gradients(arguments: tuple[Any, ...], name: tuple[Any, ...] | None) -> _Gradients:
     logits, terms, rest = _split(arguments)
     upstream, normaliser, count, eps, far, grad_weight_out, lent, dtypes, *rest = rest
     group, sequence_parallel, workspace_bytes, impl = rest
     made = grad_input, grad_weight, grad_bias = _empty_gradients(logits, dtypes)
-    chosen = backend(impl)
-    with _MemoryHint(workspace_bytes):
-        bias_sum = None
+    into = grad_weight_out if grad_weight is None else grad_weight
+
+    def local(kind: replay.Kind) -> None:
+        chosen, bias_sum = backend(impl), None
         if grad_bias is not None:
             bias_sum = torch.zeros_like(grad_bias, dtype=statistics_dtype(logits.input.dtype))
-        whole, arriving = _with_all_tokens(logits, group, sequence_parallel)
-        partial, scattered = grad_input, None
-        if sequence_parallel and grad_input is not None:
-            partial, scattered = grad_input.new_empty(whole.input.shape), grad_input
-        reduction = sharding.InputGradReduction(partial, scattered, group)
         sinks = GradientSinks(
             input=partial,
-            weight=grad_weight_out if grad_weight is None else grad_weight,
+            weight=into,
             bias=bias_sum,
             accumulate_weight=grad_weight_out is not None and not lent,
-            input_done=reduction.start,
+            input_done=lambda: replay.outside(reduction.start),
         )
         max_logit, log_sum = normaliser.unbind()
         per_token = LogitGradient(
@@ -317,41 +382,63 @@ def _gradients(*arguments: Any) -> _Gradients:
             label_smoothing=terms.label_smoothing,
             vocab_size=terms.vocab_size,
         )
-        budget = _budget(workspace_bytes, logits, terms.vocab_size)
-        tile = chosen.tile_rows(whole.input)
         logits_kept, left = split_far(far)
         ordered = FarField(*left) if left else None
         kept = None
         if lent:
-            assert grad_weight_out is not None
-            (tile_max,) = logits_kept
-            if ordered is None:
-                kept = KeptLogits.inside(grad_weight_out, tile_max, tile)
-            else:
-                size = (whole.target.shape[0], whole.weight, grad_weight_out.itemsize, tile)
-                late = LateRows.with_logits(*size)
-                assert late is not None
-                kept = late.kept(grad_weight_out, tile_max, tile)
+            assert into is not None
+            kept = _lent_logits(chosen, whole, into, *logits_kept, far=ordered is not None)
         elif logits_kept:
-            kept = KeptLogits(*logits_kept, tile=tile)
-        with FullPrecisionSums(whole.input.dtype):
-            gradients(
-                chosen,
-                whole,
-                per_token,
-                sinks,
-                eps=eps,
-                far=ordered,
-                kept=kept,
-                arriving=arriving,
-                workspace_bytes=budget,
-            )
-        if arriving is not None:
-            arriving.wait()  # also where there was nothing to do
+            kept = KeptLogits(*logits_kept, tile=chosen.tile_rows(whole.input))
+        gradients(
+            chosen,
+            whole,
+            per_token,
+            sinks,
+            eps=eps,
+            far=ordered,
+            kept=kept,
+            arriving=arriving,
+            workspace_bytes=_budget(workspace_bytes, logits, terms.vocab_size),
+            kind=kind,
+        )
         if grad_bias is not None and bias_sum is not None:
             grad_bias.copy_(bias_sum)
+
+    with _MemoryHint(workspace_bytes), FullPrecisionSums(logits.input.dtype):
+        whole, arriving = _with_all_tokens(logits, group, sequence_parallel)
+        partial, scattered = grad_input, None
+        if sequence_parallel and grad_input is not None:
+            partial, scattered = grad_input.new_empty(whole.input.shape), grad_input
+        reduction = sharding.InputGradReduction(partial, scattered, group)
+        operands = whole[:_OPERANDS]
+        filtered = len(far) >= len(FarField._fields)
+        if arriving is not None and not filtered:
+            name = None  # what is there comes first
+        # What `_loss` made, too: hooks on saved tensors may give back other strides.
+        given = (*operands, upstream, grad_weight_out, normaliser, count, *far)
+        kind = replay.kind_of(name, given)
+        if filtered:
+            local(kind)
+        else:
+            kind.call("gradients", (*given, *made), lambda: local(replay.NEVER), reduction.start)
+        if arriving is not None:
+            arriving.wait()  # also where there was nothing to do
         reduction.wait()
     return made
+
+
+def _lent_logits(
+    chosen: Backend, logits: LocalLogits, grad_weight: Tensor, tile_max: Tensor, *, far: bool
+) -> KeptLogits:
+    """Logits that `_loss` kept in dC's memory."""
+    tile = chosen.tile_rows(logits.input)
+    if not far:
+        return KeptLogits.inside(grad_weight, tile_max, tile)
+    size = (logits.target.shape[0], logits.weight, grad_weight.itemsize, tile)
+    late = LateRows.with_logits(*size)
+    assert late is not None
+    return late.kept(grad_weight, tile_max, tile)
 
 
 def _gradients_fake(*arguments: Any) -> _Gradients:

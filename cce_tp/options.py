@@ -126,7 +126,8 @@ def check_settings(settings: dict[str, Any]) -> Settings:
         return Settings(**settings)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Compared by identity, as a part of a replay's name: equal ones are one object.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LossOptions:
     """Everything about a call that is not a tensor, checked and resolved.
 
@@ -144,6 +145,7 @@ class LossOptions:
         keep_logits_in_grad: keep those that fit the memory of dC, or with the far field some.
         impl: "triton" or "torch".
         terms: what all ranks must agree on beside the numbers, as "name=value; name=value".
+        replays: whether calls may be replayed (see `replay`).
     """
 
     reduction: str
@@ -166,6 +168,7 @@ class LossOptions:
     keep_logits_in_grad: bool
     impl: str
     terms: str
+    replays: bool
 
     @property
     def numbers(self) -> list[float]:
@@ -256,6 +259,7 @@ def _resolve(
         elsewhere = into_out or settings.keep_logits_bytes > 0
         inside = compute_dtype.itemsize == 2 and not elsewhere
         inside = inside and settings.grad_filter.kind != "paper"
+    impl = _resolve_impl(settings.impl, compute_dtype, device)
     terms = ""
     if group_name:
         # What must be the same on every rank beside numbers: those may be symbolic under
@@ -296,6 +300,7 @@ def _resolve(
         workspace_bytes=settings.workspace_bytes,
         keep_logits_bytes=settings.keep_logits_bytes,
         keep_logits_in_grad=inside,
-        impl=_resolve_impl(settings.impl, compute_dtype, device),
+        impl=impl,
         terms=terms,
+        replays=impl == "triton" and settings.grad_filter.kind != "paper",
     )

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():
 os.environ.pop("CCE_TP_DEBUG", None)
 
 import ranks
+from cce_tp import replay
 from interpreter import patch_all
 from poison import poisoned_empty
 
@@ -70,6 +71,12 @@ def _poison(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with poisoned_empty():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _nothing_recorded() -> None:
+    # What a test replaces must not be in what others replay.
+    replay.forget()
 
 
 @pytest.fixture(autouse=True, scope="session")

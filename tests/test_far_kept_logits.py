@@ -592,8 +592,8 @@ def test_the_fake_loss_has_the_outputs_of_the_real_one(
     calls: list[tuple[Any, Any]] = []
     loss = ops.loss
 
-    def spy(*arguments: Any) -> Any:
-        made = loss(*arguments)
+    def spy(*arguments: Any, name: Any) -> Any:
+        made = loss(*arguments, name=name)
         calls.append((arguments, [*made[:4], *made[4]]))
         return made
 

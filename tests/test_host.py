@@ -6,10 +6,13 @@ Nothing is computed: launches are counted instead of made. Counts are the same o
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -133,6 +136,42 @@ def test_launches_and_operators_where_tokens_are_more_than_hidden(count: Any) ->
     assert seen.of("mm", "addmm", "addmm_") == 4
     assert seen.of(*MEMORY) <= 4 and seen.of(*VIEWS) <= 12
     assert seen.operators.total() == seen.of("mm", "addmm_", *MEMORY, *VIEWS)
+
+
+@contextmanager
+def python_calls() -> Iterator[list[str]]:
+    """The functions of this library that are called, in this thread and new ones."""
+    names: list[str] = []
+    ours = str(Path(cce_tp.__file__).parent)
+
+    def note(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith((ours, "<cce_tp.replay")):
+            names.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        yield names
+    finally:
+        sys.setprofile(None)
+
+
+def test_replays_leave_out_most_of_the_python() -> None:
+    """From the fourth call of one kind on."""
+    input, weight, target = operands(64, 128, 1000)
+    forward, backward = [], []
+    with (
+        mock.patch.object(Prepared, "_launch", lambda self, tensors: None),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
+        for _ in range(6):
+            with python_calls() as names:
+                loss = cce_tp.linear_cross_entropy(input, weight, target, impl="triton")
+            forward.append(len(names))
+            with python_calls() as names:
+                torch.autograd.grad(loss, (input, weight))
+            backward.append(len(names))
+    assert forward[-1] == forward[-2] <= 40 and 2 * forward[-1] < forward[1]
+    assert backward[-1] == backward[-2] <= 40 and 3 * backward[-1] < backward[1]
 
 
 def test_settings_are_read_at_every_call() -> None:

@@ -16,6 +16,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cce_tp import replay
 from cce_tp.kernels import tuning
 from cce_tp.problem import LocalLogits
 
@@ -108,6 +109,10 @@ def launch(kernel: Any, grid: int, *, num_warps: int, num_stages: int = 3, **arg
     """
     pick_others, pick_constants = _in_order.get(kernel.fn) or _take_apart(kernel)
     others, constants = pick_others(arguments), pick_constants(arguments)
+    recorder = replay.recorder()
+    if recorder is not None:
+        options = {"num_warps": num_warps, "num_stages": num_stages}
+        return _recorded(recorder, kernel, grid, others, constants, options)
     kinds, plain = _kinds(others)
     key = (kernel.fn, num_warps, num_stages, *constants, *kinds)
     compiled = _compiled.get(key)
@@ -120,9 +125,87 @@ def launch(kernel: Any, grid: int, *, num_warps: int, num_stages: int = 3, **arg
     return made
 
 
+def _recorded(
+    recorder: replay.Recorder,
+    kernel: Any,
+    grid: int,
+    others: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    options: dict[str, int],
+) -> Any:
+    """`launch`, while a part of a call is recorded."""
+    places = [at for at, each in enumerate(others) if _has_memory(each)]
+
+    def run(_: Any) -> Any:
+        named = dict(zip(kernel.arg_names, (*others, *constants), strict=True))
+        return launch(kernel, grid, **options, **named)
+
+    return recorder.launch(
+        run,
+        tuple(getattr(others[at], "base", others[at]) for at in places),
+        lambda _: _replayed(kernel, grid, others, constants, options, places),
+    )
+
+
+def _has_memory(value: Any) -> bool:
+    return isinstance(value, Tensor) or _is_descriptor(value)
+
+
+def _is_descriptor(value: Any) -> bool:
+    return value.__class__.__name__ == "TensorDescriptor"  # Triton's own, or Gluon's
+
+
+def _replayed(
+    kernel: Any,
+    grid: int,
+    others: tuple[Any, ...],
+    constants: tuple[Any, ...],
+    options: dict[str, int],
+    places: list[int],
+) -> tuple[Callable[..., Any], Iterable[int]]:
+    """As `Prepared._replayed`, of what is at some places of the arguments."""
+    compiled = _compiled.get((kernel.fn, *options.values(), *constants, *_kinds(others)[0]))
+    given_descriptors = [
+        (number, at, _Described(others[at]))
+        for number, at in enumerate(places)
+        if _is_descriptor(others[at])
+    ]
+    plain = [None if at in places else each for at, each in enumerate(others)]
+
+    def start(*given: Any) -> None:
+        arguments = [*plain, *constants]
+        for at, each in zip(places, given, strict=True):
+            arguments[at] = each
+        for number, at, described in given_descriptors:
+            arguments[at] = described.of(given[number])
+        if compiled is None:  # Triton's interpreter
+            kernel[(grid,)](*arguments, **options)
+        else:
+            _start(compiled, grid, arguments)
+
+    if compiled is None:
+        return start, range(len(places))
+    return start, [number for number, *_ in given_descriptors]
+
+
+class _Described:
+    """A descriptor of one tensor, as those of others like it."""
+
+    def __init__(self, descriptor: Any) -> None:
+        self._kind = type(descriptor)
+        self._fields = {name: it for name, it in vars(descriptor).items() if name != "base"}
+
+    def of(self, tensor: Tensor) -> Any:
+        # The constructor would check again what holds for this shape and alignment.
+        made = object.__new__(self._kind)
+        vars(made).update(self._fields, base=tensor)
+        return made
+
+
 def forget() -> None:
     """As if no kernel had been launched yet."""
     _compiled.clear()
+    replay.forget()
     for maker in _makers:
         maker.cache_clear()
 
@@ -157,35 +240,62 @@ class Prepared:
         self._options = {"num_warps": num_warps, "num_stages": num_stages}
         self._fixed = tuple(arguments[name] for name in names[len(self._names) :])
         self._blocks = {names.index(name): block for name, block in (blocks or {}).items()}
-        # By device and alignment: the compiled kernel, and descriptors by place: class and fields.
-        self._known: dict[tuple[Any, ...], tuple[Any, list[tuple[int, Any, dict[str, Any]]]]] = {}
+        # By device and alignment: the compiled kernel, and descriptors by place.
+        self._known: dict[tuple[Any, ...], tuple[Any, list[tuple[int, _Described]]]] = {}
 
     def __call__(self, first: Tensor, *others: Tensor | None) -> None:
         """Launch, with the kernel's tensors in their order."""
         tensors = (first, *others)
-        arguments: list[Any] = [None if each is None else each.data_ptr() for each in tensors]
-        aligned = [None if each is None else each & 15 for each in arguments]
-        key = (first.get_device(), *aligned)
+        recorder = replay.recorder()
+        if recorder is None:
+            self._launch(tensors)
+        else:
+            recorder.launch(self._launch, tensors, self._replayed)
+
+    def _launch(self, tensors: tuple[Tensor | None, ...]) -> None:
+        arguments, key = self._addresses(tensors)
         known = self._known.get(key)
         if known is None:
             self._first_launch(key, [*tensors])
             return
         compiled, descriptors = known
-        for place, kind, fields in descriptors:
-            # The constructor would check again what holds for this shape and alignment.
-            descriptor = object.__new__(kind)
-            vars(descriptor).update(fields, base=tensors[place])
-            arguments[place] = descriptor
+        for place, described in descriptors:
+            arguments[place] = described.of(tensors[place])
         _start(compiled, self._grid, (*arguments, *self._fixed))
+
+    def _replayed(
+        self, tensors: tuple[Tensor | None, ...]
+    ) -> tuple[Callable[..., None], Iterable[int]]:
+        """The launch for tensors of these kinds, as a function of their addresses; and at which
+        places it takes the tensors themselves."""
+        known = self._known.get(self._addresses(tensors)[1])
+        if known is None:  # Triton's interpreter
+            return lambda *given: self._launch(given), range(len(tensors))
+        (compiled, descriptors), grid, fixed = known, self._grid, self._fixed
+
+        def start(*given: Any) -> None:
+            arguments = [*given, *fixed]
+            for place, described in descriptors:
+                arguments[place] = described.of(given[place])
+            _start(compiled, grid, arguments)
+
+        return start, [place for place, _ in descriptors]
+
+    @staticmethod
+    def _addresses(tensors: tuple[Tensor | None, ...]) -> tuple[list[Any], tuple[Any, ...]]:
+        """Arguments, and what the compiled kernel depends on."""
+        arguments: list[Any] = [None if each is None else each.data_ptr() for each in tensors]
+        aligned = [None if each is None else each & 15 for each in arguments]
+        first = tensors[0]
+        assert first is not None
+        return arguments, (first.get_device(), *aligned)
 
     def _first_launch(self, key: tuple[Any, ...], arguments: list[Any]) -> None:
         descriptors = []
         in_gluon = getattr(self._kernel, "is_gluon", lambda: False)()
         for place, block in self._blocks.items():
-            made = _descriptor(arguments[place], block, in_gluon)
-            fields = {name: it for name, it in vars(made).items() if name != "base"}
-            arguments[place] = made
-            descriptors.append((place, type(made), fields))
+            arguments[place] = _descriptor(arguments[place], block, in_gluon)
+            descriptors.append((place, _Described(arguments[place])))
         named = dict(zip(self._names, arguments, strict=True))
         made = launch(self._kernel, self._grid, **named, **self._arguments, **self._options)
         if made is not None:

@@ -292,3 +292,8 @@ def input_precision(dtype: torch.dtype) -> str:
     if setting is None:
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
     return "tf32" if setting == "tf32" else "tf32x3"
+
+
+def state(dtype: torch.dtype) -> tuple[TileConfig | None, str]:
+    """What may change from call to call of what is said here of operands of this dtype."""
+    return _forced, input_precision(dtype)
