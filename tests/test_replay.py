@@ -141,6 +141,7 @@ def test_each_set_of_gradients_has_replays_of_its_own(wanted: tuple[bool, bool, 
         assert "all" in replayed and ("gradients" in replayed) == any(which)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("wanted", [(True, True, False), (False, True, False)])
 def test_validation_between_training_steps_is_another_kind(
     wanted: tuple[bool, bool, bool],
@@ -198,6 +199,7 @@ def test_a_second_backward_pass_through_the_same_graph() -> None:
     assert all(same_bits(a, b) for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.once
 def test_strides_alignment_and_settings_make_kinds_of_their_own() -> None:
     operands = Problem(impl="triton", tokens=(64,), hidden=32).build(DEVICE)
     memory = torch.zeros(64 * 40 + 1, device=DEVICE)
@@ -244,6 +246,7 @@ def test_one_tensor_in_two_places() -> None:
         assert recorded().keys() == {"all"} and same_bits(loss(rows, rows), same[0])
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("hooks", ["copies", "parts"])
 @pytest.mark.parametrize("name", ["plain", "kept", "inside", "far"])
 def test_hooks_on_saved_tensors(name: str, hooks: str) -> None:
@@ -272,6 +275,7 @@ def test_hooks_on_saved_tensors(name: str, hooks: str) -> None:
                     check_same(call(operands, options), expected)
 
 
+@pytest.mark.once
 def test_gradients_lent_in_the_dtype_of_the_weight() -> None:
     """Which autocast, and not the loss's operands, leaves open."""
     problem = Problem(impl="triton", dtype=torch.float16, tokens=(24,), vocab=703, hidden=64)
@@ -289,6 +293,7 @@ def test_gradients_lent_in_the_dtype_of_the_weight() -> None:
     assert {*recorded()} == {"all", "gradients"}
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("kept", ["keep_logits_bytes", "keep_logits_in_grad"])
 def test_what_is_kept_follows_from_the_gradients_that_are_wanted(kept: str) -> None:
     problem = Problem(impl="triton", dtype=torch.float16, tokens=(24,), vocab=703, hidden=64)
@@ -302,6 +307,7 @@ def test_what_is_kept_follows_from_the_gradients_that_are_wanted(kept: str) -> N
                 check_same(call(operands, options, requires_grad=wanted), expected)
 
 
+@pytest.mark.once
 def test_upstream_and_the_tensor_added_to_make_kinds_of_their_own() -> None:
     problem = Problem(impl="triton", vocab=203, hidden=32, tokens=(40,))
     options = {"impl": "triton", "reduction": "none"}
