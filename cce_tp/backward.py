@@ -317,7 +317,7 @@ class _BackwardPass:
         total = InputSum(grad_input, self.sum_dtype, in_place=False, borrow=False, held=begun.held)
         ((_, _, out),) = total.parts
         gathered, grad_KN, all_KN = begun.gathered, begun.grad_KN, begun.all_KN
-        del begun  # of whose rows there are others below
+        del begun  # it would hold the gathered rows, which are let go below
         far.wait()
         self.columns = _Columns(self.logits, far.kept.rows, far.column)
         known, run = far.run, self.columns.count

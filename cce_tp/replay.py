@@ -4,6 +4,7 @@ For small problems a GPU waits for Python, and most of that time goes to decisio
 in every call of the same sizes: how to cut the work, which kernel in which form, where in memory
 each piece lies. So the third call of a kind is recorded, part by part, as functions of its
 tensors: every allocation, view, product and launch. From the fourth call on those functions run.
+With CCE_TP_REPLAY=1 in the environment; else every call works out what to do.
 
 What a part does must follow from the kind alone: from the name that it is called by, the sizes,
 strides, dtypes and alignment of tensors, and `_settings`. So a part neither waits for the device
@@ -66,8 +67,8 @@ _LARGEST = 1 << 40
 # once or twice.
 _CALLS_BEFORE = 2
 _MOST_KINDS = 256
-# CCE_TP_REPLAY=0 in the environment: every call works out what to do.
-_ENABLED = os.environ.get("CCE_TP_REPLAY", "1") != "0"
+# Off by default: replays have not run on a GPU yet.
+_ENABLED = os.environ.get("CCE_TP_REPLAY", "0") == "1"
 
 _thread = threading.local()
 # Held while a part is recorded, one at a time in all threads: PyTorch keeps track of its observers
@@ -98,7 +99,8 @@ def _nothing() -> None:
 class Kind:
     """Calls of one kind: which parts of them are recorded."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, records: bool = True) -> None:
+        self._records = records
         # How often a part came; or its replay; or None where it has none.
         self._parts: dict[str, int | Callable[..., Any] | None] = {}
 
@@ -117,7 +119,7 @@ class Kind:
             function: returns tensors and plain values, in tuples and lists.
             leaves: what it calls through `outside`, if anything.
         """
-        known = self._parts.get(part, 0)
+        known = self._parts.get(part, 0) if self._records else None
         if known is None:
             return function()
         if not isinstance(known, int):
@@ -138,18 +140,8 @@ class Kind:
         return outputs
 
 
-class _Never(Kind):
-    def call(
-        self,
-        part: str,
-        tensors: Sequence[Tensor | None],
-        function: Callable[[], Any],
-        leaves: Callable[..., None] = _nothing,
-    ) -> Any:
-        return function()
-
-
-NEVER = _Never()
+# Of calls that are not to be replayed.
+NEVER = Kind(records=False)
 _kinds: dict[tuple[Any, ...], Kind] = {}
 
 
