@@ -340,6 +340,25 @@ def test_a_bias_may_lie_anywhere(warpgroups: int) -> None:
     _assert_equal_bits(found[1], found[0])
 
 
+@gpu
+@hopper
+@pytest.mark.parametrize("warpgroups", [0, 2, 3])
+def test_a_huge_scaled_logit_has_a_finite_gradient(warpgroups: int) -> None:
+    """At 1e10 a product that is rounded in the forward pass alone is hundreds above its maximum."""
+    logits = Case(300, 1024, 128, scale=0.7).make()
+    logits = logits._replace(input=logits.input * 1e10)
+    with made_by(warpgroups):
+        tiles, _ = _statistics(logits, 0, masses=False)
+        max_logit = tiles[:, 0].amax(dim=0)
+        upstream = LogitGradient(
+            torch.ones(300, device="cuda"), max_logit, torch.zeros(300, device="cuda"),
+            0.0, 0.0, 1024,
+        )  # fmt: skip
+        out = torch.empty(1024, gradient_pitch(300), dtype=torch.bfloat16, device="cuda")[:, :300]
+        backward.grad_logits(logits, upstream, out, None)
+    assert torch.isfinite(out).all() and out.abs().max() <= 1
+
+
 class _Int(int):
     """A number as Gluon has it."""
 

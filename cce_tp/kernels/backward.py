@@ -73,6 +73,10 @@ def cap_slope(x, logit_softcap, LOGISTIC: tl.constexpr):
         return 1.0 - capped * capped
 
 
+# What a minimum makes of NaN.
+_STAYS = tl.constexpr(tl.PropagateNan.ALL)
+
+
 @triton.jit
 def gradient_of(
     x,
@@ -92,6 +96,7 @@ def gradient_of(
     HAS_SOFTCAP: tl.constexpr,
     SPECIAL: tl.constexpr = None,
     LOGISTIC: tl.constexpr = False,
+    HAS_SCALE: tl.constexpr = False,
 ):
     """From a tile of logits x (tokens, BLOCK_V), the numbers of its columns, and its `token_terms`:
     the gradient of each token's own loss with respect to y, the logit before the cap, times factor
@@ -99,14 +104,20 @@ def gradient_of(
 
     SPECIAL: what `is_special` says, or None if that is to be asked here.
     LOGISTIC: of capped logits x is not them but the `logistic` r of which they are cap - 2 cap r,
-    which saves three instructions for each element."""
+    which saves three instructions for each element.
+    HAS_SCALE: x is a product with the scale, which the compiler need not round here, so that it may
+    lie above max_x by what the forward pass has rounded: at 1e10 that is an exponent of 512."""
     if LOGISTIC:
         # x - max is (cap - max) - 2 cap r, and the cap's derivative 4 (r - r^2).
         below = (logit_softcap - max_x) * LOG2E - log_sum * LOG2E
         p = tl.exp2(x * (-2.0 * LOG2E * logit_softcap) + below[:, None])
         factor = 4.0 * factor
     else:
-        p = tl.exp2((x - max_x[:, None]) * LOG2E - (log_sum * LOG2E)[:, None])
+        below = x - max_x[:, None]
+        if HAS_SCALE and not HAS_SOFTCAP:
+            # A choice would become one of products with LOG2E, and round them here or there.
+            below = tl.minimum(below, 0.0, propagate_nan=_STAYS)
+        p = tl.exp2(below * LOG2E - (log_sum * LOG2E)[:, None])
     # What is the same for all columns goes into one factor of p and one term.
     of_p = factor
     if HAS_Z_LOSS:
@@ -292,12 +303,12 @@ def grad_logits_kernel(
             left = gradient_of(
                 x_left, target, grad, upstream, max_x, log_sum, in_half,
                 logit_softcap, z_loss, onehot_weight, uniform_weight,
-                HALF, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP,
+                HALF, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, None, False, HAS_SCALE,
             ).to(dtype)  # fmt: skip
             right = gradient_of(
                 x_right, target - HALF, grad, upstream, max_x, log_sum, in_half,
                 logit_softcap, z_loss, onehot_weight, uniform_weight,
-                HALF, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP,
+                HALF, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, None, False, HAS_SCALE,
             ).to(dtype)  # fmt: skip
             g = tl.join(left, right).permute((0, 2, 1)).reshape([BLOCK_N, BLOCK_V])
         else:
@@ -306,7 +317,7 @@ def grad_logits_kernel(
             g = gradient_of(
                 x, target, grad, factor, max_x, log_sum, in_tile,
                 logit_softcap, z_loss, onehot_weight, uniform_weight,
-                BLOCK_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP,
+                BLOCK_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, None, False, HAS_SCALE,
             )  # fmt: skip
             if FILTER:
                 size = tl.where((block_v * BLOCK_V + in_tile < V)[None, :], tl.abs(g), 0.0)

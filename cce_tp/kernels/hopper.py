@@ -468,7 +468,7 @@ def _store_gradients(
         g = _gradient_of(
             half, target - i * HALF_V, grad, factor, max_x, log_sum, in_half,
             logit_softcap, z_loss, onehot_weight, uniform_weight,
-            HALF_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, SPECIAL, HAS_SOFTCAP,
+            HALF_V, HAS_SMOOTHING, HAS_Z_LOSS, HAS_SOFTCAP, SPECIAL, HAS_SOFTCAP, HAS_SCALE,
         )  # fmt: skip
         _store_transposed(out, store_bufs, g.to(out.dtype), at[1] + i * HALF_V, at[0], PART)
 
