@@ -422,12 +422,11 @@ def statistics_form(
         kept: whether a descriptor addresses where logits are kept; or None, where none are.
     """
     form = LogitsForm.of(logits)
-    capped = form.logit_softcap is not None
-    # The rows that a cap adds to the masses have not been proven there.
-    known = kept is not False and not (rows.argmax and is_sorted) and not (capped and masses)
+    known = kept is not False and not (rows.argmax and is_sorted)
     if not known or (rows.entropy and kept):  # the latter for registers, even of two warpgroups
         return form._replace(warpgroups=0)
-    if rows.entropy or rows.argmax or (capped and kept):
+    capped = form.logit_softcap is not None
+    if rows.entropy or rows.argmax or (capped and (kept or masses)):
         return form.of_few_warpgroups()
     return form
 
