@@ -211,6 +211,8 @@ class Recorder(TorchDispatchMode):
         self._names: dict[int, tuple[weakref.ref[Tensor], str]] = {}
         # Of views: what they are views of, which is none itself, and how far ahead they begin.
         self._views: dict[str, tuple[str, int]] = {}
+        # The same in bytes, where views may be of another dtype, too.
+        self._memory: dict[str, tuple[str, int]] = {}
         self._constants: dict[str, Any] = {}
         # Source, the tensors that it reads, and those that it makes.
         self._lines: list[tuple[str, list[str], list[str]]] = []
@@ -287,10 +289,9 @@ class Recorder(TorchDispatchMode):
             if tensor is None or place in whole:
                 parts.append(self._written(tensor, read))
                 continue
-            name = self._name(tensor)
-            base, ahead = self._views.get(name, (name, 0))
+            base, ahead = self._place_of(tensor)
             read.append(base)
-            parts.append(f"{base}.data_ptr() + {ahead * tensor.itemsize}")
+            parts.append(f"{base}.data_ptr() + {ahead}" if ahead else f"{base}.data_ptr()")
         self._lines.append((f"{self._constant(function)}({', '.join(parts)})", read, []))
 
     def _note(self, func: Any, args: tuple[Any, ...], named: Any, result: Any) -> None:
@@ -306,6 +307,13 @@ class Recorder(TorchDispatchMode):
                 self._add_view(each, args[0])
         else:
             self._add(made, _FAST.get(func, func), args, named)
+            if func is _aten.view.dtype:
+                self._memory[self._name(result)] = self._place_of(args[0])
+
+    def _place_of(self, tensor: Tensor) -> tuple[str, int]:
+        """Where it begins: so many bytes after the first one of a tensor that is no view."""
+        name = self._name(tensor)
+        return self._memory.get(name, (name, 0))
 
     def _add(self, made: Sequence[Tensor], function: Any, args: Any, named: Any) -> None:
         read: list[str] = []
@@ -323,9 +331,12 @@ class Recorder(TorchDispatchMode):
             self._names[id(view)] = weakref.ref(view), name
             return
         base, ahead = self._views.get(name, (name, 0))
-        ahead += int(view.storage_offset()) - int(of.storage_offset())
+        further = int(view.storage_offset()) - int(of.storage_offset())
+        ahead += further
+        memory, first_byte = self._place_of(of)
         name = self._new(view)
         self._views[name] = base, ahead
+        self._memory[name] = memory, first_byte + further * view.itemsize
         geometry = f"{tuple(view.shape)}, {view.stride()}, {base}.storage_offset() + {ahead}"
         self._lines.append((f"{name} = {base}.as_strided({geometry})", [base], [name]))
 

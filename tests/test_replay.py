@@ -16,9 +16,11 @@ from unittest import mock
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _python_dispatch
+from triton.backends.nvidia import driver
 
 import cce_tp
 from backward_passes import operands_as_they_are
@@ -395,8 +397,9 @@ class TestOneFunction:
 
     @pytest.mark.parametrize("added", [False, True])
     def test_products_with_sums_in_fp32_are_called_as_they_were(self, added: bool) -> None:
-        """Where there is no GPU they exist on the meta device alone."""
-        out, a, b = (torch.empty(4, 4, dtype=it, device="meta") for it in SUM_AND_FACTORS)
+        """Where there is no GPU they exist on the meta device alone, and not in all releases."""
+        device = DEVICE if HAS_CUDA else "meta"
+        out, a, b = (torch.empty(4, 4, dtype=it, device=device) for it in SUM_AND_FACTORS)
         called: list[tuple[Any, dict[str, Any]]] = []
 
         def function(out: Tensor, a: Tensor, b: Tensor) -> None:
@@ -754,3 +757,91 @@ def test_a_replayed_launch_takes_addresses_and_makes_descriptors_anew() -> None:
         assert matrix.base.data_ptr() == memory.data_ptr() and matrix.block_shape == [16, 8]
         assert matrix.shape == [32, 64] and matrix.strides == [64, 1]
         assert out == memory.data_ptr() + memory[0].nbytes
+
+
+def _compiled_by_triton(indices: set[int], scratch: int = 0) -> tuple[Any, list[Any]]:
+    """A compiled kernel as in Triton 3.6, whose launcher is in a closure; and what it launched."""
+    launched: list[Any] = []
+
+    def launcher(*arguments: Any) -> None:
+        launched.append(arguments)
+
+    tensordesc_indices, tensordesc_meta = indices, ["meta"] * len(indices)
+
+    def inner(*arguments: Any) -> None:
+        launcher("encoded anew", tensordesc_indices, tensordesc_meta, *arguments)
+
+    run = SimpleNamespace(
+        launch=inner,
+        launch_cooperative_grid=False,
+        launch_pdl=True,
+        global_scratch_size=scratch,
+        profile_scratch_size=0,
+    )
+    return SimpleNamespace(run=run, function="function", packed_metadata="packed"), launched
+
+
+def test_descriptors_are_encoded_once_for_an_address() -> None:
+    matrices = [torch.zeros(32, 64) for _ in range(3)]
+    at = [each.data_ptr() for each in matrices]
+    like = launch._Described(launch._descriptor(matrices[0], (16, 8)))
+    head = (7, 1, 1, "stream", "function", False, True, None, None, "packed")
+    encoded = []
+
+    def encode(descriptor: Any, meta: str) -> list[Any]:
+        assert meta == "meta" and descriptor.block_shape == [16, 8]
+        encoded.append(descriptor.base.data_ptr())
+        return [encoded[-1] + 1, *descriptor.shape, *descriptor.strides]
+
+    template = [None, None, None, 5]
+    compiled, launched = _compiled_by_triton({0, 2})
+    with (
+        mock.patch.object(launch.triton, "__version__", "3.6.0"),
+        mock.patch("triton.backends.nvidia.driver.make_tensordesc_arg", encode),
+        mock.patch.object(launch, "_current_stream", lambda: "stream"),
+    ):
+        start = launch._Start(compiled, 7, template, [0, 1, 2], {0: like, 2: like})
+        for first, other in ((0, 1), (0, 1), (2, 1), (0, 0)):
+            start(at[first], 99, at[other])
+            described = [(at[each] + 1, 32, 64, 64, 1) for each in (first, other)]
+            expected = (*head, None, None, None, *described[0], 99, *described[1], 5)
+            assert launched.pop() == expected
+        assert encoded == [at[0], at[1], at[2], at[0]]  # each place for itself
+        plain = SimpleNamespace(
+            **vars(compiled.run) | {"launch": lambda *each: launched.append(each)}
+        )
+        start = launch._Start(
+            SimpleNamespace(**vars(compiled) | {"run": plain}), 7, [0, 5], [0], {}
+        )
+        start(99)
+        assert launched.pop() == (*head, None, None, None, 99, 5)
+        # With kernels that take memory of their own and other launchers it is left to Triton.
+        for other in (_compiled_by_triton({0, 2}, scratch=1)[0], _compiled_by_triton({0})[0]):
+            assert launch._direct_launch(other, template, {0: like, 2: like}) is None
+        assert launch._direct_launch(object(), template, {0: like, 2: like}) is None
+    with mock.patch.object(launch.triton, "__version__", "3.8.0"):
+        assert launch._direct_launch(compiled, template, {0: like, 2: like}) is None
+
+
+@pytest.mark.gpu
+def test_replays_on_the_gpu_encode_no_descriptor_again() -> None:
+    """Or else it goes unnoticed that Triton's launcher has changed."""
+    if torch.cuda.get_device_capability() < (9, 0) or not triton.__version__.startswith("3.6."):
+        pytest.skip("without descriptors, or not as in Triton 3.6")
+    input = torch.randn(512, 512, dtype=torch.bfloat16, device=DEVICE)
+    weight = torch.randn(8192, 512, dtype=torch.bfloat16, device=DEVICE)
+    target = torch.zeros(512, dtype=torch.int64, device=DEVICE)
+
+    def encoded() -> list[int]:
+        """Addresses of matrices of which a call made descriptors."""
+        with mock.patch(name, side_effect=make) as calls:
+            cce_tp.linear_cross_entropy(input, weight, target)
+        return [call.args[0].base.data_ptr() for call in calls.mock_calls]
+
+    name = "triton.backends.nvidia.driver.make_tensordesc_arg"
+    make = driver.make_tensordesc_arg
+    launch.forget()  # kernels have been prepared with the function as it was
+    seen = [encoded() for _ in range(CALLS + 2)]
+    launch.forget()
+    here = {input.data_ptr(), weight.data_ptr()}
+    assert here <= {*seen[0], *seen[1]} and here.isdisjoint(seen[-1])

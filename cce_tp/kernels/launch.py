@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -81,15 +83,23 @@ def _start(compiled: Any, grid: int, arguments: Iterable[Any]) -> None:
     Triton calls its hooks before and after, with a description of the launch, and asks the driver
     about every tensor: a third to a half of the time that a launch takes. Where nobody listens it
     goes without the hooks; tensors come as addresses, so that they must be on this device."""
+    if _is_watched():
+        compiled[(grid, 1, 1)](*arguments)
+        return
+    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
+    run(grid, 1, 1, _current_stream(), function, packed, None, None, None, *arguments)
+
+
+def _current_stream() -> int:
+    return driver.active.get_current_stream(torch.cuda.current_device())
+
+
+def _is_watched() -> bool:
+    """Whether somebody listens to Triton's launches."""
     runtime = knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
     # Chains of hooks, empty unless somebody listens; None or one hook in Triton 3.4.
-    if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
-        compiled[(grid, 1, 1)](*arguments)
-        return
-    stream = driver.active.get_current_stream(torch.cuda.current_device())
-    run, function, packed = compiled.run, compiled.function, compiled.packed_metadata
-    run(grid, 1, 1, stream, function, packed, None, None, None, *arguments)
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def launch(kernel: Any, grid: int, *, num_warps: int, num_stages: int = 3, **arguments: Any) -> Any:
@@ -165,41 +175,139 @@ def _replayed(
 ) -> tuple[Callable[..., Any], Iterable[int]]:
     """As `Prepared._replayed`, of what is at some places of the arguments."""
     compiled = _compiled.get((kernel.fn, *options.values(), *constants, *_kinds(others)[0]))
-    given_descriptors = [
-        (number, at, _Described(others[at]))
-        for number, at in enumerate(places)
-        if _is_descriptor(others[at])
-    ]
-    plain = [None if at in places else each for at, each in enumerate(others)]
+    described = {at: _Described(others[at]) for at in places if _is_descriptor(others[at])}
+    template = [None if at in places else each for at, each in enumerate((*others, *constants))]
+    if compiled is not None:
+        return _Start(compiled, grid, template, places, described), ()
 
-    def start(*given: Any) -> None:
-        arguments = [*plain, *constants]
+    def interpret(*given: Any) -> None:
+        arguments = [*template]
         for at, each in zip(places, given, strict=True):
-            arguments[at] = each
-        for number, at, described in given_descriptors:
-            arguments[at] = described.of(given[number])
-        if compiled is None:  # Triton's interpreter
-            kernel[(grid,)](*arguments, **options)
-        else:
-            _start(compiled, grid, arguments)
+            arguments[at] = described[at].of(each) if at in described else each
+        kernel[(grid,)](*arguments, **options)
 
-    if compiled is None:
-        return start, range(len(places))
-    return start, [number for number, *_ in given_descriptors]
+    return interpret, range(len(places))
 
 
 class _Described:
-    """A descriptor of one tensor, as those of others like it."""
+    """A descriptor of one matrix, as those of others like it."""
 
     def __init__(self, descriptor: Any) -> None:
         self._kind = type(descriptor)
         self._fields = {name: it for name, it in vars(descriptor).items() if name != "base"}
 
-    def of(self, tensor: Tensor) -> Any:
+    def of(self, base: Any) -> Any:
+        """base: a tensor, or what knows its address."""
         # The constructor would check again what holds for this shape and alignment.
         made = object.__new__(self._kind)
-        vars(made).update(self._fields, base=tensor)
+        vars(made).update(self._fields, base=base)
         return made
+
+
+class _Address:
+    """All that a launch asks of a tensor."""
+
+    def __init__(self, address: int) -> None:
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+class _Start:
+    """`_start` of one compiled kernel, as a function of its tensors' addresses alone."""
+
+    def __init__(
+        self,
+        compiled: Any,
+        grid: int,
+        template: Sequence[Any],
+        places: Sequence[int],
+        described: dict[int, _Described],
+    ) -> None:
+        """
+        Args:
+            template: the arguments, with anything in the place of a tensor.
+            places: of the tensors among the arguments, in the order in which addresses come.
+            described: by place, what goes as a descriptor.
+        """
+        self._compiled, self._grid, self._template = compiled, grid, [*template]
+        self._places, self._described = places, described
+        self._direct = _direct_launch(compiled, self._template, described)
+
+    def __call__(self, *addresses: int | None) -> None:
+        if self._direct is not None and not _is_watched():
+            self._direct(self._grid, self._places, addresses)
+            return
+        arguments = [*self._template]
+        for at, each in zip(self._places, addresses, strict=True):
+            arguments[at] = each
+        for at, described in self._described.items():
+            arguments[at] = described.of(_Address(arguments[at]))
+        _start(self._compiled, self._grid, arguments)
+
+
+# Matrices of whose descriptors a launch remembers the encoded form: 128 bytes each.
+_MOST_ENCODED = 64
+
+
+def _direct_launch(
+    compiled: Any, template: list[Any], described: dict[int, _Described]
+) -> Callable[[int, Sequence[int], tuple[int | None, ...]], None] | None:
+    """What Triton's launcher calls in the end; or None where that is not as in Triton 3.6.
+
+    The launcher encodes every descriptor anew for every launch, which takes as long as the rest of
+    a launch for each of them. The code says nothing but where a matrix lies and its form, and in
+    training that is one of a few places.
+    """
+    run = getattr(compiled, "run", None)
+    launcher = getattr(run, "launch", None)
+    if run is None or launcher is None or not triton.__version__.startswith("3.6."):
+        return None
+    if run.global_scratch_size or run.profile_scratch_size:
+        return None
+    metas: list[Any] = []
+    if described:
+        # A closure that encodes, around the launcher itself.
+        cells = inspect.getclosurevars(launcher).nonlocals if inspect.isfunction(launcher) else {}
+        metas, launcher = cells.get("tensordesc_meta", [None]), cells.get("launcher")
+        if {*described} != cells.get("tensordesc_indices") or None in metas or launcher is None:
+            return None
+    from triton.backends.nvidia import driver as nvidia
+
+    options = run.launch_cooperative_grid, run.launch_pdl, None, None
+    function, packed = compiled.function, compiled.packed_metadata
+    meta_of = dict(zip(sorted(described), metas, strict=True))
+    # Every descriptor goes as its code, then its shape and strides, which are the same every time.
+    expanded: list[Any] = []
+    moved: list[int] = []
+    for at, each in enumerate(template):
+        moved.append(len(expanded))
+        if at in described:
+            form = described[at].of(None)
+            expanded += [None, *form.shape, *form.strides]
+        else:
+            expanded.append(each)
+    encoded: dict[tuple[int, int], Any] = {}
+
+    def code_of(at: int, address: int) -> Any:
+        if len(encoded) >= _MOST_ENCODED:
+            encoded.clear()
+        matrix = described[at].of(_Address(address))
+        code, *_ = nvidia.make_tensordesc_arg(matrix, meta_of[at])
+        encoded[at, address] = code
+        return code
+
+    def start(grid: int, places: Sequence[int], addresses: tuple[int | None, ...]) -> None:
+        arguments = [*expanded]
+        for at, address in zip(places, addresses, strict=True):
+            if at in meta_of:
+                address = encoded.get((at, address)) or code_of(at, address)
+            arguments[moved[at]] = address
+        stream = _current_stream()
+        launcher(grid, 1, 1, stream, function, *options, packed, None, None, None, *arguments)
+
+    return start
 
 
 def forget() -> None:
@@ -240,8 +348,8 @@ class Prepared:
         self._options = {"num_warps": num_warps, "num_stages": num_stages}
         self._fixed = tuple(arguments[name] for name in names[len(self._names) :])
         self._blocks = {names.index(name): block for name, block in (blocks or {}).items()}
-        # By device and alignment: the compiled kernel, and descriptors by place.
-        self._known: dict[tuple[Any, ...], tuple[Any, list[tuple[int, _Described]]]] = {}
+        # By device and alignment.
+        self._known: dict[tuple[Any, ...], _Start] = {}
 
     def __call__(self, first: Tensor, *others: Tensor | None) -> None:
         """Launch, with the kernel's tensors in their order."""
@@ -253,53 +361,46 @@ class Prepared:
             recorder.launch(self._launch, tensors, self._replayed)
 
     def _launch(self, tensors: tuple[Tensor | None, ...]) -> None:
-        arguments, key = self._addresses(tensors)
-        known = self._known.get(key)
-        if known is None:
+        addresses, key = self._addresses(tensors)
+        start = self._known.get(key)
+        if start is None:
             self._first_launch(key, [*tensors])
-            return
-        compiled, descriptors = known
-        for place, described in descriptors:
-            arguments[place] = described.of(tensors[place])
-        _start(compiled, self._grid, (*arguments, *self._fixed))
+        else:
+            start(*addresses)
 
     def _replayed(
         self, tensors: tuple[Tensor | None, ...]
     ) -> tuple[Callable[..., None], Iterable[int]]:
         """The launch for tensors of these kinds, as a function of their addresses; and at which
         places it takes the tensors themselves."""
-        known = self._known.get(self._addresses(tensors)[1])
-        if known is None:  # Triton's interpreter
+        start = self._known.get(self._addresses(tensors)[1])
+        if start is None:  # Triton's interpreter
             return lambda *given: self._launch(given), range(len(tensors))
-        (compiled, descriptors), grid, fixed = known, self._grid, self._fixed
-
-        def start(*given: Any) -> None:
-            arguments = [*given, *fixed]
-            for place, described in descriptors:
-                arguments[place] = described.of(given[place])
-            _start(compiled, grid, arguments)
-
-        return start, [place for place, _ in descriptors]
+        return start, ()
 
     @staticmethod
-    def _addresses(tensors: tuple[Tensor | None, ...]) -> tuple[list[Any], tuple[Any, ...]]:
-        """Arguments, and what the compiled kernel depends on."""
-        arguments: list[Any] = [None if each is None else each.data_ptr() for each in tensors]
-        aligned = [None if each is None else each & 15 for each in arguments]
+    def _addresses(
+        tensors: tuple[Tensor | None, ...],
+    ) -> tuple[list[int | None], tuple[Any, ...]]:
+        """Of tensors, and what the compiled kernel depends on."""
+        addresses = [None if each is None else each.data_ptr() for each in tensors]
+        aligned = [None if each is None else each & 15 for each in addresses]
         first = tensors[0]
         assert first is not None
-        return arguments, (first.get_device(), *aligned)
+        return addresses, (first.get_device(), *aligned)
 
     def _first_launch(self, key: tuple[Any, ...], arguments: list[Any]) -> None:
-        descriptors = []
+        described = {}
         in_gluon = getattr(self._kernel, "is_gluon", lambda: False)()
         for place, block in self._blocks.items():
             arguments[place] = _descriptor(arguments[place], block, in_gluon)
-            descriptors.append((place, _Described(arguments[place])))
+            described[place] = _Described(arguments[place])
         named = dict(zip(self._names, arguments, strict=True))
         made = launch(self._kernel, self._grid, **named, **self._arguments, **self._options)
         if made is not None:
-            self._known[key] = made, descriptors
+            places = range(len(arguments))
+            template = [*(None for _ in places), *self._fixed]
+            self._known[key] = _Start(made, self._grid, template, places, described)
 
 
 def prepared(maker: Callable[..., Prepared]) -> Callable[..., Prepared]:
