@@ -196,9 +196,9 @@ def _loss(arguments: tuple[Any, ...], name: tuple[Any, ...] | None) -> _LossOutp
         choose, kept = local.ordered.choose, local.kept
         return made, choose(chosen, whole, packed, made.normaliser, terms, far_budget, kept)
 
-    def both() -> tuple[_Statistics, tuple[TokenLoss, FarField | None]]:
+    def both() -> tuple[Tensor, list[Tensor], tuple[TokenLoss, FarField | None]]:
         local = statistics()
-        return local, finish(local, local.packed)
+        return local.packed, local.left, finish(local, local.packed)
 
     keeps = keep_logits_bytes > 0 or lent_dtype != NOT_WANTED
     with _MemoryHint(workspace_bytes, keeps=keeps):
@@ -218,17 +218,13 @@ def _loss(arguments: tuple[Any, ...], name: tuple[Any, ...] | None) -> _LossOutp
         operands = whole[:_OPERANDS]
         kind = replay.kind_of(name, operands)
         if not group:
-            local, (made, far_field_left) = kind.call("all", operands, both)
-            packed = local.packed
+            packed, far, (made, far_field_left) = kind.call("all", operands, both)
         else:
             local = kind.call("statistics", operands, statistics)
             packed = sharding.merge_over_group(local.packed, rows, group)
             tensors = (*operands, packed, *local.tensors)
             made, far_field_left = kind.call("loss", tensors, lambda: finish(local, packed))
-        far: list[Tensor] = []
-        if local.kept is not None:
-            first = local.kept.below_max if local.lent is None else local.lent
-            far = [first, local.kept.tile_max]
+            far = local.left
         if far_field_left is not None:
             far += far_field_left
         if far_budget is not None and rows.argmax:
@@ -261,6 +257,13 @@ class _Statistics(NamedTuple):
             return ()
         kept = () if self.kept is None else (self.kept.tile_max,)
         return (*self.ordered.statistics, self.ordered.order, self.ordered.place, *kept)
+
+    @property
+    def left(self) -> list[Tensor]:
+        """Of kept logits, what the backward pass needs."""
+        if self.kept is None:
+            return []
+        return [self.kept.below_max if self.lent is None else self.lent, self.kept.tile_max]
 
 
 def _exact_statistics(
