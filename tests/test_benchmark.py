@@ -357,6 +357,8 @@ def test_timing_and_host_time() -> None:
     (record,) = _measure(case)
     assert 1 < record["host"]["forward_us"] < 1e7
     assert 1 < record["host"]["backward_us"] < 1e7
+    for name in ("forward_us", "backward_us"):
+        assert 1 < record["host"][f"empty_{name}"] < record["host"][name]
 
 
 def test_the_unit_is_run_between_the_runs(monkeypatch: pytest.MonkeyPatch) -> None:

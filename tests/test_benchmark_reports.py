@@ -227,7 +227,12 @@ def _made_up(implementation: str, vocab: int, extra_mib: int) -> dict[str, Any]:
         "gate": {"errors": {"loss": 1e-6, "input_grad": 1.5e-3, "weight_grad": 1e-3}, "limits": {}},
         "forward": timing,
         "both": timing,
-        "host": {"forward_us": 99.6, "backward_us": 101.2},
+        "host": {
+            "forward_us": 99.6,
+            "backward_us": 101.2,
+            "empty_forward_us": 19.9,
+            "empty_backward_us": 50.4,
+        },
         "ranks": None,
     }
 
@@ -240,7 +245,8 @@ def test_table_of_made_up_records() -> None:
     row = next(line for line in text.splitlines() if line.startswith("| cce-tp-exact"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1:5] == ["15.00", "4.00 (3.95-4.05)", "4.00 (3.95-4.05)", "100 / 101"]
-    assert cells[5:] == ["1.0e-06", "1.5e-03", "1.0e-03", "host 100 + 101 us"]
+    host = "host 100 + 101 us, an empty function 20 + 50"
+    assert cells[5:] == ["1.0e-06", "1.5e-03", "1.0e-03", host]
 
 
 def test_table_of_records_of_the_first_schema(tmp_path: Path) -> None:

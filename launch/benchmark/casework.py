@@ -24,7 +24,7 @@ from launch.benchmark.outcome import DeviceLost, Outcome, attempt
 from launch.benchmark.parallel import World
 from launch.benchmark.peers import NotAvailable, Problem
 from launch.benchmark.played import Part, PlayedGroup
-from launch.benchmark.steps import Steps, alone, even_rows
+from launch.benchmark.steps import Steps, alone, even_rows, nothing
 
 T = TypeVar("T")
 
@@ -214,11 +214,12 @@ class CaseWork:
             found["both"] = _timing(both, extra)
         steps.release()
         if self.case.host_time:
-            backward = None if options.forward_only else meter.host_us(steps.host_backward)
-            found["host"] = {
-                "forward_us": meter.host_us(steps.host_forward),
-                "backward_us": backward,
-            }
+            host: dict[str, float | None] = {}
+            for prefix, each in (("", steps), ("empty_", Steps(nothing, self.own, options))):
+                backward = None if options.forward_only else meter.host_us(each.host_backward)
+                host[f"{prefix}forward_us"] = meter.host_us(each.host_forward)
+                host[f"{prefix}backward_us"] = backward
+            found["host"] = host
         if self.team.group is not None:
             found["ranks"] = self._group_cost(name, steps, {"forward": forward, "both": both})
         return found

@@ -22,7 +22,7 @@ Schema 3. A record is the measurement of one implementation on one case:
 | `gate` | `errors` by name (null: not finite), `limits`: see `reference.py`; or null |
 | `forward`, `both` | timings of the forward pass without gradients, and of forward + backward |
 | `profile` | the kernels of a step, see below; null in a timing |
-| `host` | `forward_us`, `backward_us`: what a call keeps the host; or null |
+| `host` | what a call keeps the host, see below; or null |
 | `ranks` | null for one rank; else see below |
 
 A timing is {`median_ms`, `low_ms`, `high_ms` (10% and 90% quantiles), `runs`, `ranks_ms` (median
@@ -35,6 +35,10 @@ rows, run once after each run of the step, or null), `gemms`, `gemms_low` and `g
 before it (the inputs) and less the gradients that the step leaves (dE, dC, the bias's); null on a
 CPU. What libraries allocate outside of the allocator, and cuBLAS's workspace, which the first call
 leaves, are not in it.
+
+`host` has `forward_us` and `backward_us`, and `empty_forward_us` and `empty_backward_us` of a
+`torch.autograd.Function` of the same operands that computes nothing; these are absent in older
+files.
 
 `profile` is of forward + backward, or of forward alone with the option `forward_only`. All are
 microseconds and medians over `runs` runs under the profiler: `kernels` (by `name`: `calls` and `us`

@@ -40,6 +40,24 @@ def alone(inputs: Inputs, start: int) -> Inputs:
     return replace(inputs, target=torch.where(here, local, inputs.target % rows))
 
 
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *leaves: Tensor) -> Tensor:
+        ctx.save_for_backward(*leaves)
+        return leaves[0].new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(each) for each in ctx.saved_tensors)
+
+
+def nothing(operands: Operands) -> Tensor:
+    """No loss, with no gradients: what PyTorch itself takes for a function of these operands."""
+    leaves = (operands.input, operands.weight, operands.bias)
+    loss: Any = _Nothing.apply(*(each for each in leaves if each is not None))
+    return loss
+
+
 class Steps:
     """Forward and backward passes of a loss on given inputs.
 

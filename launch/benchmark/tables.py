@@ -207,8 +207,14 @@ def _note(record: Record, every: Sequence[Record]) -> str:
         drift = apart["after"]["median_ms"] / apart["before"]["median_ms"] - 1
         notes.append(f"gemm measured apart, drift {100 * drift:+.0f}%")
     if record["host"]:
-        us = [record["host"][name] for name in ("forward_us", "backward_us")]
-        notes.append("host " + " + ".join(f"{each:.0f}" for each in us if each) + " us")
+        us, empty = (
+            " + ".join(f"{record['host'][name]:.0f}" for name in names if record["host"].get(name))
+            for names in (
+                ("forward_us", "backward_us"),
+                ("empty_forward_us", "empty_backward_us"),
+            )
+        )
+        notes.append(f"host {us} us" + (f", an empty function {empty}" if empty else ""))
     ranks = record["ranks"] or {}
     if "exposed_forward_ms" in ranks:
         exposed = [ranks["exposed_forward_ms"], ranks["exposed_both_ms"]]
