@@ -4,7 +4,7 @@ For small problems a GPU waits for Python, and most of that time goes to decisio
 in every call of the same sizes: how to cut the work, which kernel in which form, where in memory
 each piece lies. So the third call of a kind is recorded, part by part, as functions of its
 tensors: every allocation, view, product and launch. From the fourth call on those functions run.
-With CCE_TP_REPLAY=1 in the environment; else every call works out what to do.
+With CCE_TP_REPLAY=0 in the environment every call works out what to do.
 
 What a part does must follow from the kind alone: from the name that it is called by, the sizes,
 strides, dtypes and alignment of tensors, and `_settings`. So a part neither waits for the device
@@ -67,8 +67,7 @@ _LARGEST = 1 << 40
 # once or twice.
 _CALLS_BEFORE = 2
 _MOST_KINDS = 256
-# Off by default: replays have not run on a GPU yet.
-_ENABLED = os.environ.get("CCE_TP_REPLAY", "0") == "1"
+_ENABLED = os.environ.get("CCE_TP_REPLAY", "1") != "0"
 
 _thread = threading.local()
 # Held while a part is recorded, one at a time in all threads: PyTorch keeps track of its observers

@@ -15,7 +15,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.pop("CCE_TP_DEBUG", None)
 # Read when the library is imported; ranks and runs inherit it.
-os.environ["CCE_TP_REPLAY"] = "1"
+os.environ.pop("CCE_TP_REPLAY", None)
 
 import ranks
 from cce_tp import replay

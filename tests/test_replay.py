@@ -6,6 +6,9 @@ Legend: N tokens, V vocabulary rows, D hidden size.
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -350,6 +353,13 @@ def test_tensors_of_a_recorded_call_are_let_go() -> None:
     for replayed in recorded().values():
         held = [each for each in replayed.__globals__.values() if isinstance(each, Tensor)]
         assert not held
+
+
+@pytest.mark.parametrize(("value", "enabled"), [("0", False), ("1", True), ("", True)])
+def test_the_environment_turns_replays_off(value: str, enabled: bool) -> None:
+    code = f"from cce_tp import replay; assert replay._ENABLED is {enabled}"
+    environment = {**os.environ, "CCE_TP_REPLAY": value}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=120)
 
 
 def test_large_problems_are_not_replayed() -> None:
