@@ -121,8 +121,9 @@ def linear_cross_entropy(
             tensors it supports, else torch.
         workspace_bytes: cap on temporaries beyond the gradients, at least 1 MiB; smaller is
             slower. None: 5% of the global logits in bf16; at least 16 MiB, or half of the hidden
-            states in bf16 if that is more, up to 64 MiB. GradFilter.far_field() has a floor that a
-            smaller cap does not lower (docs/far-field.md).
+            states in bf16 if that is more, up to 64 MiB; with a filter at least 96 MiB.
+            GradFilter.far_field() has a floor that a smaller cap does not lower
+            (docs/far-field.md).
         keep_logits_bytes: how many bytes of 16-bit logits, beside workspace_bytes, to keep from the
             forward pass, so that the backward pass recomputes fewer; this rank's first rows, whole
             tiles of them. For fp16 and bf16 operands and the exact filter.

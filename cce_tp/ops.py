@@ -92,11 +92,14 @@ def _filled(outputs: tuple[Any, ...], like: Tensor) -> tuple[Any, ...]:
     return tuple(like.new_empty(0) if each is None else each for each in outputs)
 
 
-def _budget(workspace_bytes: int | None, logits: LocalLogits, vocab_size: int) -> int:
+def _budget(
+    workspace_bytes: int | None, logits: LocalLogits, vocab_size: int, *, filtered: bool
+) -> int:
     # Here and not in the caller, where the number of tokens may be symbolic.
     if workspace_bytes is not None:
         return workspace_bytes
-    return default_workspace_bytes(logits.target.shape[0], logits.input.shape[1], vocab_size)
+    num_tokens, hidden = logits.target.shape[0], logits.input.shape[1]
+    return default_workspace_bytes(num_tokens, hidden, vocab_size, filtered=filtered)
 
 
 class _MemoryHint:
@@ -182,7 +185,8 @@ def _loss(arguments: tuple[Any, ...], name: tuple[Any, ...] | None) -> _LossOutp
     chosen = backend(impl)
 
     def statistics() -> _Statistics:
-        budget = _budget(workspace_bytes, logits, terms.vocab_size)
+        filtered = far_budget is not None
+        budget = _budget(workspace_bytes, logits, terms.vocab_size, filtered=filtered)
         if far_budget is None or not _has_logits(logits):
             keep = lent_dtype, keep_logits_bytes
             return _exact_statistics(chosen, whole, arriving, rows, budget, keep)
@@ -326,7 +330,7 @@ def _loss_fake(*arguments: Any) -> _LossOutputs:
     far: list[Tensor] = []
     if keep_logits_bytes > 0 or lent_dtype != NOT_WANTED:
         tile, lent = backend(impl).tile_rows(logits.input), None
-        budget = _budget(cap, logits, terms.vocab_size)
+        budget = _budget(cap, logits, terms.vocab_size, filtered=far_budget is not None)
         if lent_dtype == NOT_WANTED:
             kept = KeptLogits.empty(logits, tile, keep_logits_bytes)
         elif far_budget is None:
@@ -364,6 +368,9 @@ def _gradients(arguments: tuple[Any, ...], name: tuple[Any, ...] | None) -> _Gra
     group, sequence_parallel, workspace_bytes, impl = rest
     made = grad_input, grad_weight, grad_bias = _empty_gradients(logits, dtypes)
     into = grad_weight_out if grad_weight is None else grad_weight
+    has_far = len(far) >= len(FarField._fields)
+    filtered = eps is not None or has_far
+    budget = _budget(workspace_bytes, logits, terms.vocab_size, filtered=filtered)
 
     def local(kind: replay.Kind) -> None:
         chosen, bias_sum = backend(impl), None
@@ -402,7 +409,7 @@ def _gradients(arguments: tuple[Any, ...], name: tuple[Any, ...] | None) -> _Gra
             far=ordered,
             kept=kept,
             arriving=arriving,
-            workspace_bytes=_budget(workspace_bytes, logits, terms.vocab_size),
+            workspace_bytes=budget,
             kind=kind,
         )
         if grad_bias is not None and bias_sum is not None:
@@ -415,13 +422,12 @@ def _gradients(arguments: tuple[Any, ...], name: tuple[Any, ...] | None) -> _Gra
             partial, scattered = grad_input.new_empty(whole.input.shape), grad_input
         reduction = sharding.InputGradReduction(partial, scattered, group)
         operands = whole[:_OPERANDS]
-        filtered = len(far) >= len(FarField._fields)
-        if arriving is not None and not filtered:
+        if arriving is not None and not has_far:
             name = None  # what is there comes first
         # What `_loss` made, too: hooks on saved tensors may give back other strides.
         given = (*operands, upstream, grad_weight_out, normaliser, count, *far)
         kind = replay.kind_of(name, given)
-        if filtered:
+        if has_far:
             local(kind)
         else:
             kind.call("gradients", (*given, *made), lambda: local(replay.NEVER), reduction.start)

@@ -20,7 +20,7 @@ class CceConfig:
         grad_filter: GradFilter.exact() (default), .paper() or .far_field().
         workspace_bytes: cap on temporaries of one head, in bytes, at least 1 MiB; None: 5% of
             the global logits in bf16, or if more, half of the hidden states in bf16 within 16 to
-            64 MiB.
+            64 MiB; with a filter at least 96 MiB.
         keep_logits_bytes: bytes of 16-bit logits that a head keeps for its backward pass, beside
             workspace_bytes, so that fewer are computed twice; with the exact filter. 0: none.
         keep_logits_in_grad: a head in 16 bits keeps as many logits as fit the memory of dC, which

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import cce_tp
-from cce_tp import backward, far_field
+from cce_tp import backward, far_field, ops
 from cce_tp.backend import backend
 from cce_tp.far_field import RankBudget
 from cce_tp.workspace import (
@@ -726,9 +726,9 @@ def test_rows_of_the_memory_of_dc_that_holds_g_are_written_at_the_end() -> None:
     check_within(outcome, expected, bound(operands, OPTIONS["plain"], tile))
 
 
-def kept_sizes(share: float, hidden: int) -> BackwardSizes:
-    """A share of the rows of 8192 x `hidden` x 131072 in bf16 is kept."""
-    tokens, columns = 8192, int(share * VOCAB)
+def kept_sizes(share: float, hidden: int, tokens: int = 8192) -> BackwardSizes:
+    """A share of the rows of `tokens` x `hidden` x 131072 in bf16 is kept."""
+    columns = int(share * VOCAB)
     return BackwardSizes(
         tokens=tokens,
         vocab=columns,
@@ -777,6 +777,30 @@ def test_what_would_be_walked_in_narrow_strips_is_not_walked(
     sizes = kept_sizes(kept, hidden)
     walk = plan_rest(sizes, default_workspace_bytes(sizes.tokens, hidden, VOCAB), True)
     assert pays(sizes, (walk,), VOCAB) == walked, walk
+
+
+@pytest.mark.parametrize("tokens", [512, 1024, 2048])
+def test_the_default_workspace_holds_wide_strips_where_tokens_are_few(tokens: int) -> None:
+    """5% of their logits, or 16 MiB, make hundreds of narrow ones."""
+    sizes = kept_sizes(0.3, 4096, tokens)._replace(fixed=16 << 20)
+    exact = default_workspace_bytes(tokens, 4096, VOCAB)
+    filtered = default_workspace_bytes(tokens, 4096, VOCAB, filtered=True)
+    assert exact < filtered == 96 << 20
+
+    def widths(workspace: int) -> list[int]:
+        return [each.strip for each in plan_backward(sizes, workspace)]
+
+    assert min(widths(exact)) < 1024 <= min(widths(filtered))
+
+
+def test_the_default_workspace_is_that_of_the_filter() -> None:
+    operands, paper = trained("torch", tokens=24), {"grad_filter": cce_tp.GradFilter.paper()}
+    for options, filtered in (({}, False), (far(), True), (paper, True)):
+        name, real = "default_workspace_bytes", default_workspace_bytes
+        with mock.patch.object(ops, name, side_effect=real) as asked:
+            call(operands, {**OPTIONS["plain"], **options, "impl": "torch"})
+        backward_passes = [each.kwargs["filtered"] for each in asked.mock_calls]
+        assert backward_passes[-1] is filtered and len(backward_passes) > 1
 
 
 def test_ranks_share_the_budget() -> None:

@@ -113,7 +113,8 @@ class CaseWork:
             self._parts[name], results = self._group.play(entry)
             self._losses[name] = self._parts[name].loss
             return results
-        self._losses[name] = entry.prepare(self._problem(self.team.group, self.vocab))
+        problem = self._problem(self.team.group, self.vocab, filtered=not entry.exact)
+        self._losses[name] = entry.prepare(problem)
         steps = Steps(self._losses[name], self.own, self.case.options)
         return steps.results(self.case.options.forward_only)
 
@@ -137,12 +138,13 @@ class CaseWork:
             return Outcome("failed", f"relative error against fp32: {listed}")
         return outcome
 
-    def _problem(self, group: Any, vocab: int) -> Problem:
+    def _problem(self, group: Any, vocab: int, *, filtered: bool = False) -> Problem:
         parts = self.case.sequence_parallel and group is not None
         options, shape = self.case.options, self.case.shape
         if self.case.shard is not None and options.workspace_mib is None:
             # As in a group, where the default follows from the whole vocabulary.
-            cap = default_workspace_bytes(shape.tokens, shape.hidden, shape.vocab)
+            sizes = shape.tokens, shape.hidden, shape.vocab
+            cap = default_workspace_bytes(*sizes, filtered=filtered)
             options = replace(options, workspace_mib=cap / 2**20)
         return Problem(vocab, options, self.world.device, group, self.world.alone, parts)
 
