@@ -203,6 +203,17 @@ def test_only_what_they_can_do_goes_to_them() -> None:
         assert reached == ["hopper 3", "triton 0", "hopper 2"]
 
 
+@pytest.mark.parametrize(("hidden", "found"), [(4096, 2), (4112, 2), (4104, 0), (4100, 0)])
+def test_rows_that_cut_sectors_go_to_tritons_kernels(hidden: int, found: int) -> None:
+    input = torch.empty(1024, hidden, dtype=torch.bfloat16, device="meta")
+    with (
+        mock.patch.object(tuning, "is_interpreted", lambda: False),
+        mock.patch.object(tuning, "_is_hopper", lambda _: True),
+    ):
+        config = tuning.tile_config(90, 2)
+        assert tuning.warpgroups(input, 100, config, 132) == found
+
+
 @gpu
 @hopper
 def test_several_groups_of_token_blocks() -> None:

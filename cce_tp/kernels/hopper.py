@@ -17,11 +17,11 @@ after the product takes more registers than three leave (`forward.statistics_for
 Triton's interpreter does not know Gluon, which also changes from release to release: there, on
 other devices, in other releases, with a cap above 50, where statistics take too much
 (`forward.statistics_form`), for G^T with the paper's filter, for rows of dC that do not fit
-(`tuning.rows_for_warpgroups`) and for operands that the bulk copy engine cannot address Triton's
-two kernels and the vendor's product run. Triton's compute the same bits, or, with a bias or a cap
-and a scale, a bias and a cap, for sums of logits with a scale that is no power of two, and for G^T
-with such a scale, a cap, z-loss or smoothing, the same to rounding, as is dC
-(`tests/test_hopper.py`).
+(`tuning.rows_for_warpgroups`) and for operands that the bulk copy engine cannot address, or only in
+pieces that cut sectors of memory (`tuning.warpgroups`), Triton's two kernels and the vendor's
+product run. Triton's compute the same bits, or, with a bias or a cap and a scale, a bias and a cap,
+for sums of logits with a scale that is no power of two, and for G^T with such a scale, a cap,
+z-loss or smoothing, the same to rounding, as is dC (`tests/test_hopper.py`).
 
 Legend: N tokens, V vocabulary rows of this launch, D hidden size.
 """

@@ -183,13 +183,19 @@ _PART_COSTS = {0: 0, 1: 135, 2: 160}
 _LAUNCH_COST = 96
 
 
+# Bytes that memory moves at once.
+_SECTOR = 32
+
+
 def warpgroups(input: Tensor, vocab: int, config: TileConfig, programs: int) -> int:
     """How many warpgroups of `kernels.hopper` make tiles of logits fastest, of operands that
     descriptors address; 0 where Triton's kernels do.
 
     Three where that pays, else two: of tiles as large as Triton's, but faster (forward pass without
     options 1.02 to 1.004 at D 4096 and 1.03 to 1.00 at 2304, an H200). They stand for the shipped
-    tiles of Hopper, not for other ones that somebody has measured.
+    tiles of Hopper, not for other ones that somebody has measured. Nor do they pay where rows do
+    not start at whole sectors of memory: they load 64 bytes of a row at a time, which are then in
+    three sectors and not in two (D 4104: 1.56, Triton's kernels with steps of 128 bytes 1.13).
 
     Args:
         input: (N, D).
@@ -198,7 +204,7 @@ def warpgroups(input: Tensor, vocab: int, config: TileConfig, programs: int) -> 
     """
     if is_interpreted() or input.element_size() != 2 or config != _CONFIGS[90, 2]:
         return 0
-    if not _is_hopper(input.device.index or 0):
+    if not _is_hopper(input.device.index or 0) or input.stride(0) * input.itemsize % _SECTOR:
         return 0
     return 3 if warpgroups_pay(len(input), vocab, programs) else 2
 
