@@ -776,7 +776,7 @@ def _compiled_by_triton(indices: set[int], scratch: int = 0) -> tuple[Any, list[
     def launcher(*arguments: Any) -> None:
         launched.append(arguments)
 
-    tensordesc_indices, tensordesc_meta = indices, ["meta"] * len(indices)
+    tensordesc_indices, tensordesc_meta = indices, [f"meta {at}" for at in sorted(indices)]
 
     def inner(*arguments: Any) -> None:
         launcher("encoded anew", tensordesc_indices, tensordesc_meta, *arguments)
@@ -791,46 +791,86 @@ def _compiled_by_triton(indices: set[int], scratch: int = 0) -> tuple[Any, list[
     return SimpleNamespace(run=run, function="function", packed_metadata="packed"), launched
 
 
-def test_descriptors_are_encoded_once_for_an_address() -> None:
-    matrices = [torch.zeros(32, 64) for _ in range(3)]
-    at = [each.data_ptr() for each in matrices]
-    like = launch._Described(launch._descriptor(matrices[0], (16, 8)))
-    head = (7, 1, 1, "stream", "function", False, True, None, None, "packed")
-    encoded = []
+MATRICES = [torch.zeros(32, 64) for _ in range(3)]
+AT = [each.data_ptr() for each in MATRICES]
+LIKE = launch._Described(launch._descriptor(MATRICES[0], (16, 8)))
+# Of a kernel of two matrices, a number between them, and one that is always the same.
+TEMPLATE = [None, None, None, 5]
+HEAD = (7, 1, 1, "stream", "function", False, True, None, None, "packed", None, None, None)
+
+
+@contextmanager
+def as_with_triton_3_6() -> Iterator[list[tuple[str, int]]]:
+    """The codes of descriptors are addresses and one; yields of what they were made."""
+    encoded: list[tuple[str, int]] = []
 
     def encode(descriptor: Any, meta: str) -> list[Any]:
-        assert meta == "meta" and descriptor.block_shape == [16, 8]
-        encoded.append(descriptor.base.data_ptr())
-        return [encoded[-1] + 1, *descriptor.shape, *descriptor.strides]
+        assert descriptor.block_shape == [16, 8]
+        address = descriptor.base.data_ptr()
+        encoded.append((meta, address))
+        return [address + 1, *descriptor.shape, *descriptor.strides]
 
-    template = [None, None, None, 5]
-    compiled, launched = _compiled_by_triton({0, 2})
     with (
         mock.patch.object(launch.triton, "__version__", "3.6.0"),
         mock.patch("triton.backends.nvidia.driver.make_tensordesc_arg", encode),
         mock.patch.object(launch, "_current_stream", lambda: "stream"),
     ):
-        start = launch._Start(compiled, 7, template, [0, 1, 2], {0: like, 2: like})
-        for first, other in ((0, 1), (0, 1), (2, 1), (0, 0)):
-            start(at[first], 99, at[other])
-            described = [(at[each] + 1, 32, 64, 64, 1) for each in (first, other)]
-            expected = (*head, None, None, None, *described[0], 99, *described[1], 5)
-            assert launched.pop() == expected
-        assert encoded == [at[0], at[1], at[2], at[0]]  # each place for itself
-        plain = SimpleNamespace(
-            **vars(compiled.run) | {"launch": lambda *each: launched.append(each)}
-        )
-        start = launch._Start(
-            SimpleNamespace(**vars(compiled) | {"run": plain}), 7, [0, 5], [0], {}
-        )
-        start(99)
-        assert launched.pop() == (*head, None, None, None, 99, 5)
-        # With kernels that take memory of their own and other launchers it is left to Triton.
-        for other in (_compiled_by_triton({0, 2}, scratch=1)[0], _compiled_by_triton({0})[0]):
-            assert launch._direct_launch(other, template, {0: like, 2: like}) is None
-        assert launch._direct_launch(object(), template, {0: like, 2: like}) is None
-    with mock.patch.object(launch.triton, "__version__", "3.8.0"):
-        assert launch._direct_launch(compiled, template, {0: like, 2: like}) is None
+        yield encoded
+
+
+def _start_of(compiled: Any) -> launch._Start:
+    return launch._Start(compiled, 7, TEMPLATE, [0, 1, 2], {0: LIKE, 2: LIKE})
+
+
+def test_descriptors_are_encoded_once_for_an_address() -> None:
+    compiled, launched = _compiled_by_triton({0, 2})
+    with as_with_triton_3_6() as encoded:
+        start = _start_of(compiled)
+        for one, other in ((0, 1), (0, 1), (2, 1), (0, 0)):
+            start(AT[one], 99, AT[other])
+            codes = [(AT[each] + 1, 32, 64, 64, 1) for each in (one, other)]
+            assert launched.pop() == (*HEAD, *codes[0], 99, *codes[1], 5)
+        # Each place for itself, with what Triton knows of it.
+        metas = "meta 0", "meta 2"
+        expected = [(metas[0], AT[0]), (metas[1], AT[1]), (metas[0], AT[2]), (metas[1], AT[0])]
+        assert encoded == expected
+        with mock.patch.object(launch, "_MOST_ENCODED", 4):
+            start(AT[1], 99, AT[2])  # one too many: all before are forgotten
+            start(AT[0], 99, AT[2])
+        assert encoded[4:] == [(metas[0], AT[1]), (metas[1], AT[2]), (metas[0], AT[0])]
+
+
+def test_launches_without_descriptors_are_direct_too() -> None:
+    compiled, launched = _compiled_by_triton(set())
+    compiled.run.launch = lambda *arguments: launched.append(arguments)
+    with as_with_triton_3_6():
+        launch._Start(compiled, 7, [0, 5], [0], {})(99)
+    assert launched == [(*HEAD, 99, 5)]
+
+
+def test_who_listens_hears_of_direct_launches() -> None:
+    compiled, launched = _compiled_by_triton({0, 2})
+    ordinary = mock.patch.object(launch, "_start")
+    with as_with_triton_3_6():
+        start = _start_of(compiled)
+        with ordinary as called, mock.patch.object(launch, "_is_watched", lambda: True):
+            start(AT[0], 99, AT[1])
+    ((given, grid, (one, number, other, last)),) = [each.args for each in called.mock_calls]
+    assert given is compiled and (grid, number, last) == (7, 99, 5) and launched == []
+    assert [each.base.data_ptr() for each in (one, other)] == AT[:2]
+
+
+def test_other_launchers_are_left_to_triton() -> None:
+    """With kernels that take memory of their own, and in other releases."""
+    made, _ = _compiled_by_triton({0, 2})
+    others = _compiled_by_triton({0, 2}, scratch=1)[0], _compiled_by_triton({0})[0], object()
+    described = {0: LIKE, 2: LIKE}
+    with as_with_triton_3_6():
+        assert launch._direct_launch(made, TEMPLATE, described) is not None
+        for other in others:
+            assert launch._direct_launch(other, TEMPLATE, described) is None
+        with mock.patch.object(launch.triton, "__version__", "3.8.0"):
+            assert launch._direct_launch(made, TEMPLATE, described) is None
 
 
 @pytest.mark.gpu

@@ -264,7 +264,8 @@ def _direct_launch(
     launcher = getattr(run, "launch", None)
     if run is None or launcher is None or not triton.__version__.startswith("3.6."):
         return None
-    if run.global_scratch_size or run.profile_scratch_size:
+    scratch = [getattr(run, f"{kind}_scratch_size", None) for kind in ("global", "profile")]
+    if scratch != [0, 0]:
         return None
     metas: list[Any] = []
     if described:
