@@ -551,14 +551,17 @@ def test_a_shard_alone_has_the_workspace_of_the_whole() -> None:
         caps.append(problem.options.workspace_mib)
         raise NotAvailable("it only looks")
 
-    table = {"looks": replace(TABLE["cce-tp-exact"], build=build)}
-    for shard, options in (
-        ((0, 4), Options()),
-        ((0, 4), Options(workspace_mib=3)),
-        (None, Options()),
-    ):
-        _measure(Case(shape=Shape(48, 16, 98), shard=shard, options=options), table)
-    assert caps == [default_workspace_bytes(48, 16, 98) / 2**20, 3, None]
+    for name, filtered in (("cce-tp-exact", False), ("cce-tp-far-field", True)):
+        caps.clear()
+        table = {"looks": replace(TABLE[name], build=build)}
+        for shard, options in (
+            ((0, 4), Options()),
+            ((0, 4), Options(workspace_mib=3)),
+            (None, Options()),
+        ):
+            _measure(Case(shape=Shape(48, 16, 98), shard=shard, options=options), table)
+        cap = default_workspace_bytes(48, 16, 98, filtered=filtered)
+        assert caps == [cap / 2**20, 3, None]
 
 
 def test_a_shard_beside_the_whole(tmp_path: Path) -> None:

@@ -141,7 +141,8 @@ class CaseWork:
     def _problem(self, group: Any, vocab: int, *, filtered: bool = False) -> Problem:
         parts = self.case.sequence_parallel and group is not None
         options, shape = self.case.options, self.case.shape
-        if self.case.shard is not None and options.workspace_mib is None:
+        apart = self.case.shard is not None and not self.case.played
+        if apart and options.workspace_mib is None:
             # As in a group, where the default follows from the whole vocabulary.
             sizes = shape.tokens, shape.hidden, shape.vocab
             cap = default_workspace_bytes(*sizes, filtered=filtered)
