@@ -140,7 +140,7 @@ def linear_cross_entropy(
             or where N > D and it does not hold beside them half of `input` in fp32 and 512 columns
             of logits in 16 bits (by default where V is below some 20 D), or with the far field
             where not one tile fits or workspace_bytes does not hold the kept rows of the weight's
-            gradient among its last ones (by default where there are fewer tokens than D or so), nor
+            gradient among its last ones (by default where D is 16384), nor
             there where D is odd. A second backward pass through the same graph recomputes; non-
             reentrant activation checkpointing around the loss has the gradient's memory twice while
             it recomputes. Each loss that waits for its backward pass holds such a gradient: where

@@ -662,7 +662,9 @@ def test_rows_whose_gradient_is_there_cost_two_products() -> None:
         (8192, 2304, 131072, True),
         (8192, 1536, 131072, True),
         (8192, 4096, 128256, True),
-        (2048, 4096, 128256, False),  # too many rows of dC to hold
+        (2048, 4096, 128256, True),
+        (4096, 4096, 32000, True),
+        (1024, 16384, 128256, False),  # too many rows of dC to hold
         (8192, 8192, 128256, False),
         (8192, 8192, 16032, False),  # no room for dE's sum
     ],
@@ -681,7 +683,7 @@ def test_logits_are_kept_where_there_is_use_for_them(
         1.0,
         None,
     )
-    workspace = default_workspace_bytes(tokens, hidden, vocab)
+    workspace = default_workspace_bytes(tokens, hidden, vocab, filtered=True)
     memory, found = far_field.lend(logits, torch.bfloat16, 256, workspace)
     assert (found is not None) == (memory is not None) == lent
 
