@@ -50,7 +50,6 @@ CASES = (
     ("bf16", 255, "everything"),
     ("bf16", 256, "far-field"),
     ("bf16", 256, "far-kept"),
-    ("bf16", 256, "kept"),
     ("fp16", 256, "kept"),
     ("fp32", 256, "everything"),
     ("fp32", 256, "far-field"),
