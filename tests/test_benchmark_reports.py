@@ -271,6 +271,7 @@ def test_table_of_records_of_the_first_schema(tmp_path: Path) -> None:
 _SAVED: set[str] = set()
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("path", sorted(_FIGURES.glob("*.jsonl")), ids=lambda path: path.stem)
 def test_kept_records_make_tables_and_figures(path: Path, tmp_path: Path) -> None:
     """Figures are of whole problems on one rank, and of the device's time."""
