@@ -422,11 +422,12 @@ def statistics_form(
         kept: whether a descriptor addresses where logits are kept; or None, where none are.
     """
     form = LogitsForm.of(logits)
-    known = kept is not False and not (rows.argmax and is_sorted)
+    capped = form.logit_softcap is not None
+    # With the rows that a cap adds to the masses two warpgroups are slower than Triton's kernel.
+    known = kept is not False and not (rows.argmax and is_sorted) and not (capped and masses)
     if not known or (rows.entropy and kept):  # the latter for registers, even of two warpgroups
         return form._replace(warpgroups=0)
-    capped = form.logit_softcap is not None
-    if rows.entropy or rows.argmax or (capped and (kept or masses)):
+    if rows.entropy or rows.argmax or (capped and kept):
         return form.of_few_warpgroups()
     return form
 

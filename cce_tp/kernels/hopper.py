@@ -15,7 +15,7 @@ after the product takes more registers than three leave (`forward.statistics_for
 *Sums in memory.* dC that is added to is not read: the bulk copy engine adds to it where it lies.
 
 Triton's interpreter does not know Gluon, which also changes from release to release: there, on
-other devices, in other releases, with a cap above 50, where statistics take too much
+other devices, in other releases, with a cap above 50, for some statistics
 (`forward.statistics_form`), for G^T with the paper's filter, for rows of dC that do not fit
 (`tuning.rows_for_warpgroups`) and for operands that the bulk copy engine cannot address, or only in
 pieces that cut sectors of memory (`tuning.warpgroups`), Triton's two kernels and the vendor's
