@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import cce_tp
+from cce_tp.kernels import backward
 from oracle import Operands, Outcome, dense, dense_logits
 from problems import Problem, call, even_bounds, join_shards, restrict, same_bits, solve
 from ranks import Rank, RankPool
@@ -192,6 +193,31 @@ def test_a_target_that_is_no_id_still_shows(impl: str) -> None:
     outcome = call(operands, {"reduction": "none", **paper(0.5), "impl": impl})
     assert bool(outcome.loss[5].isnan())
     assert outcome.grad_input is not None and bool(outcome.grad_input[5].isnan().all())
+
+
+@pytest.mark.parametrize("of_input", [True, False], ids=["dE", "dC"])
+@pytest.mark.parametrize("accumulate", [False, True], ids=["written", "added"])
+def test_products_over_the_kept_tiles(of_input: bool, accumulate: bool) -> None:
+    """More tiles than are listed at a time along the sum, rows of tiles of which none or all are
+    kept, and a last tile that is cut."""
+    tile, hidden, many, few = 16, 24, 150 * 16 - 5, 3 * 16 - 7
+    tokens, vocab = (few, many) if of_input else (many, few)
+    mask = (torch.rand(-(-tokens // tile), -(-vocab // tile)) < 0.3).int()
+    along = mask if of_input else mask.t()
+    along[0], along[1] = 0, 1
+    elements = mask.repeat_interleave(tile, 0).repeat_interleave(tile, 1)[:tokens, :vocab]
+    grad_VN = (torch.randn(tokens, vocab) * elements).t().contiguous()
+    other = torch.randn(vocab if of_input else tokens, hidden)
+    out = torch.randn(tokens if of_input else vocab, hidden)
+    factor = grad_VN.t() if of_input else grad_VN
+    expected = factor.double() @ other.double() + (out.double() if accumulate else 0.0)
+    found = out.to(DEVICE)
+    kept = backward.KeptTiles(mask.to(DEVICE), tile, tile)
+    operands = grad_VN.to(DEVICE), other.to(DEVICE)
+    backward.sparse_product(found, *operands, kept, of_input=of_input, accumulate=accumulate)
+    assert relative_error(found.cpu(), expected) < 1e-6
+    if not accumulate:
+        assert bool((found[:tile] == 0).all())
 
 
 @pytest.mark.parametrize("impl", IMPLS)

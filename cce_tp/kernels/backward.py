@@ -3,8 +3,8 @@
 The exact path needs kernel 1 only: it recomputes the logits of a strip of the vocabulary and
 writes their gradient, transposed, to a buffer; products take it from there (`cce_tp.backward`),
 the library's or, for dC on Hopper, that of `kernels.hopper`. With the paper's filter kernel 1 also
-decides which tiles of G to keep, and kernel 2 multiplies the kept tiles alone. Every output element
-has one writer: no locks, no atomics.
+decides which tiles of G to keep, kernel 2 lists them and kernel 3 multiplies them alone. Every
+output element has one writer: no locks, no atomics.
 
 G^T is stored, (V, N), and not G: the rows of a vocabulary row's dC are then contiguous, so that
 G^T can live in the memory of dC itself, and the transposed store is the faster one on Hopper
@@ -28,6 +28,7 @@ from cce_tp.kernels import tuning
 from cce_tp.kernels.launch import (
     LogitsForm,
     Prepared,
+    launch,
     logit_arguments,
     matrix_argument,
     prepared,
@@ -336,6 +337,30 @@ def grad_logits_kernel(
 
 
 @triton.jit
+def kept_blocks_kernel(
+    mask_ptr,
+    worklist_ptr,
+    count_ptr,
+    K,
+    stride_row,
+    stride_col,
+    BLOCK_K: tl.constexpr,
+):
+    """Of each row of a matrix of zeros and ones: the columns of the ones, ascending, and how many.
+
+    In worklist_ptr a row has K places; those beyond so many stay as they are."""
+    row = tl.program_id(0)
+    count = 0
+    for first in range(0, K, BLOCK_K):
+        cols = first + tl.arange(0, BLOCK_K)
+        kept = tl.load(mask_ptr + row * stride_row + cols * stride_col, mask=cols < K, other=0)
+        places = count + tl.cumsum(kept, axis=0) - kept
+        tl.store(worklist_ptr + row * K + places, cols, mask=kept != 0)
+        count += tl.sum(kept, axis=0)
+    tl.store(count_ptr + row, count)
+
+
+@triton.jit
 def sparse_product_kernel(
     a,
     b,
@@ -364,8 +389,9 @@ def sparse_product_kernel(
 
     A's blocks of (BLOCK_M * SPLIT_M) x WORK_K are either kept or zero: worklist_ptr holds, per
     row of blocks, the numbers of its `count` kept blocks."""
-    block_m = tl.program_id(0)
-    block_n = tl.program_id(1)
+    blocks_m = tl.cdiv(M, BLOCK_M)
+    block_m = tl.program_id(0) % blocks_m
+    block_n = tl.program_id(0) // blocks_m
     row = block_m // SPLIT_M
     acc = dot_tile(
         a, b, block_m * BLOCK_M, block_n * BLOCK_N, M, N, K, stride_a, stride_b,
@@ -603,11 +629,16 @@ def sparse_product(
         of_input: make a part of dE and not of dC.
         accumulate: add to `out`.
     """
-    mask = kept.mask if of_input else kept.mask.t().contiguous()
+    mask = kept.mask if of_input else kept.mask.t()
     tile_m, tile_k = (kept.block_n, kept.block_v) if of_input else (kept.block_v, kept.block_n)
-    # Kept blocks first, in ascending order: the sum has one order, so two runs give equal bits.
-    worklist = torch.sort(mask, dim=1, descending=True, stable=True).indices.to(torch.int32)
-    count = mask.sum(dim=1, dtype=torch.int32)
+    # In ascending order: a sum has one order, so two runs give equal bits.
+    worklist, count = mask.new_empty(mask.shape), mask.new_empty(mask.shape[0])
+    launch(
+        kept_blocks_kernel, len(mask),
+        mask_ptr=mask, worklist_ptr=worklist, count_ptr=count,
+        K=mask.shape[1], stride_row=mask.stride(0), stride_col=mask.stride(1),
+        BLOCK_K=128, num_warps=1,
+    )  # fmt: skip
     config, _ = tuning.config_for(grad_VN)
     block_m, block_k = min(tile_m, 128), min(tile_k, config.block_d)
     block_d = min(config.block_v, 128)
@@ -616,11 +647,13 @@ def sparse_product(
     b_descriptor = tuning.use_descriptors(other)
     a_block = (block_k, block_m) if of_input else (block_m, block_k)
     hidden = other.shape[1]
-    sparse_product_kernel[(ceil_div(rows, block_m), ceil_div(hidden, block_d))](
-        matrix_argument(grad_VN, *a_block, a_descriptor),
-        matrix_argument(other, block_k, block_d, b_descriptor),
-        out, worklist, count, rows, hidden, inner,
-        grad_VN.stride(0), other.stride(0), out.stride(0), worklist.stride(0),
+    launch(
+        sparse_product_kernel, ceil_div(rows, block_m) * ceil_div(hidden, block_d),
+        a=matrix_argument(grad_VN, *a_block, a_descriptor),
+        b=matrix_argument(other, block_k, block_d, b_descriptor),
+        out_ptr=out, worklist_ptr=worklist, count_ptr=count, M=rows, N=hidden, K=inner,
+        stride_a=grad_VN.stride(0), stride_b=other.stride(0), stride_out=out.stride(0),
+        stride_worklist=worklist.stride(0),
         ACCUMULATE=accumulate, TRANSPOSED=of_input, SPLIT_M=tile_m // block_m, WORK_K=tile_k,
         A_DESCRIPTOR=a_descriptor, B_DESCRIPTOR=b_descriptor,
         PRECISION=tuning.input_precision(grad_VN.dtype),
