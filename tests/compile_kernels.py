@@ -47,7 +47,7 @@ EVERYTHING: dict[str, Any] = {
 CASES = (
     ("bf16", 256, "plain"),
     ("bf16", 256, "everything"),
-    ("bf16", 255, "everything"),
+    ("bf16", 255, "plain"),
     ("bf16", 256, "far-field"),
     ("bf16", 256, "far-kept"),
     ("fp16", 256, "kept"),
@@ -229,6 +229,7 @@ def main(capability: int, few: bool) -> None:
             mock.patch.object(tuning, "config_for", lambda *_, c=config: (c, 128)),
             mock.patch.object(tuning, "use_descriptors", lambda *_, d=descriptors: d),
             mock.patch.object(tuning, "warpgroups", lambda *_, w=warpgroups: w),
+            mock.patch.object(tuning, "few_warpgroups", lambda _: 2),
             mock.patch.object(
                 tuning, "rows_for_warpgroups", lambda out, *_, w=warpgroups: len(out) if w else 0
             ),

@@ -117,8 +117,11 @@ ROWS = StatRows(logit_sum=False, entropy=False, argmax=False)
 
 @contextlib.contextmanager
 def made_by(warpgroups: int) -> Iterator[None]:
-    """As if the sizes said so."""
-    with mock.patch.object(tuning, "warpgroups", lambda *_: warpgroups):
+    """As if the sizes said so, on a device that two are for."""
+    with (
+        mock.patch.object(tuning, "warpgroups", lambda *_: warpgroups),
+        mock.patch.object(tuning, "few_warpgroups", lambda _: 2),
+    ):
         yield
 
 
@@ -200,6 +203,27 @@ def test_only_what_they_can_do_goes_to_them() -> None:
             backward.grad_logits(plain, upstream, torch.zeros(32, 8).bfloat16(), eps)
         backward.grad_logits(capped, upstream, torch.zeros(32, 8).bfloat16(), None)
         assert reached == ["hopper 3", "triton 0", "hopper 2"]
+        reached.clear()
+        with mock.patch.object(tuning, "few_warpgroups", lambda _: 0):
+            forward.tile_statistics(capped, ROWS, tiles, merged, keep=keep)
+            backward.grad_logits(capped, upstream, torch.zeros(32, 8).bfloat16(), None)
+        assert reached == ["triton 0", "triton 0"]
+
+
+def test_two_warpgroups_are_for_a_large_cache() -> None:
+    few = torch.empty(1024, 4096, dtype=torch.bfloat16, device="meta")
+    many = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta")
+    found = []
+    for mib in (50, 60):
+        with (
+            mock.patch.object(tuning, "is_interpreted", lambda: False),
+            mock.patch.object(tuning, "_is_hopper", lambda _: True),
+            mock.patch.object(tuning, "_l2_bytes", lambda _, mib=mib: mib << 20),
+        ):
+            config = tuning.tile_config(90, 2)
+            found += [tuning.warpgroups(each, 128256, config, 132) for each in (few, many)]
+            found.append(tuning.few_warpgroups(few))
+    assert found == [0, 3, 0, 2, 3, 2]
 
 
 @pytest.mark.parametrize(("hidden", "found"), [(4096, 2), (4112, 2), (4104, 0), (4100, 0)])
@@ -208,6 +232,7 @@ def test_rows_that_cut_sectors_go_to_tritons_kernels(hidden: int, found: int) ->
     with (
         mock.patch.object(tuning, "is_interpreted", lambda: False),
         mock.patch.object(tuning, "_is_hopper", lambda _: True),
+        mock.patch.object(tuning, "few_warpgroups", lambda _: 2),
     ):
         config = tuning.tile_config(90, 2)
         assert tuning.warpgroups(input, 100, config, 132) == found

@@ -449,7 +449,7 @@ def grad_logits(
     described = tuning.use_descriptors(out_VN)
     of_tokens = logits.target, upstream.grad, upstream.max_logit, upstream.log_sum
     if form.logit_softcap is not None:
-        form = form.of_few_warpgroups()
+        form = form.of_few_warpgroups(tuning.few_warpgroups(logits.input))
     if form.warpgroups and described and eps is None:
         from cce_tp.kernels import hopper
 

@@ -428,7 +428,7 @@ def statistics_form(
     if not known or (rows.entropy and kept):  # the latter for registers, even of two warpgroups
         return form._replace(warpgroups=0)
     if rows.entropy or rows.argmax or (capped and kept):
-        return form.of_few_warpgroups()
+        return form.of_few_warpgroups(tuning.few_warpgroups(logits.input))
     return form
 
 

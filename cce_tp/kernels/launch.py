@@ -502,9 +502,12 @@ class LogitsForm(NamedTuple):
             tuning.input_precision(input.dtype),
         )
 
-    def of_few_warpgroups(self) -> LogitsForm:
-        """With two of them where it was three: for what needs more registers than three leave."""
-        return self._replace(warpgroups=min(self.warpgroups, 2))
+    def of_few_warpgroups(self, few: int) -> LogitsForm:
+        """For what needs more registers than three of them leave.
+
+        Args:
+            few: what `tuning.few_warpgroups` says."""
+        return self._replace(warpgroups=min(self.warpgroups, few))
 
     @property
     def token_blocks(self) -> int:

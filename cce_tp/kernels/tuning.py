@@ -185,17 +185,36 @@ _LAUNCH_COST = 96
 
 # Bytes that memory moves at once.
 _SECTOR = 32
+# Bytes of the L2 cache with which two warpgroups are faster than Triton's kernels: an H200's.
+_L2_FOR_TWO = 60 << 20
+
+
+@functools.cache
+def _l2_bytes(index: int) -> int:
+    return torch.cuda.get_device_properties(index).L2_cache_size
+
+
+def few_warpgroups(input: Tensor) -> int:
+    """How many make the tiles of what three do not fit, or 0 for Triton's kernels.
+
+    Two where the L2 cache is an H200's. On H100s (50 MiB) the forward pass takes 1.28 by two of
+    them at 8192 x 8192 x 16032, and 1.06 and 1.10 with 2048 and 4096 tokens at 4096 x 128256, where
+    Triton's kernels took 1.02, 1.02 and 1.03. Why is not known: three are as fast there."""
+    if is_interpreted():
+        return 0
+    return 2 if _l2_bytes(input.device.index or 0) >= _L2_FOR_TWO else 0
 
 
 def warpgroups(input: Tensor, vocab: int, config: TileConfig, programs: int) -> int:
     """How many warpgroups of `kernels.hopper` make tiles of logits fastest, of operands that
     descriptors address; 0 where Triton's kernels do.
 
-    Three where that pays, else two: of tiles as large as Triton's, but faster (forward pass without
-    options 1.02 to 1.004 at D 4096 and 1.03 to 1.00 at 2304, an H200). They stand for the shipped
-    tiles of Hopper, not for other ones that somebody has measured. Nor do they pay where rows do
-    not start at whole sectors of memory: they load 64 bytes of a row at a time, which are then in
-    three sectors and not in two (D 4104: 1.56, Triton's kernels with steps of 128 bytes 1.13).
+    Three where that pays, else two, if they do on this device: of tiles as large as Triton's, but
+    faster (forward pass without options 1.02 to 1.004 at D 4096 and 1.03 to 1.00 at 2304, an H200).
+    They stand for the shipped tiles of Hopper, not for other ones that somebody has measured. Nor
+    do they pay where rows do not start at whole sectors of memory: they load 64 bytes of a row at a
+    time, which are then in three sectors and not in two (D 4104: 1.56 on an H200, Triton's kernels
+    with steps of 128 bytes 1.36 on an H100).
 
     Args:
         input: (N, D).
@@ -206,7 +225,7 @@ def warpgroups(input: Tensor, vocab: int, config: TileConfig, programs: int) -> 
         return 0
     if not _is_hopper(input.device.index or 0) or input.stride(0) * input.itemsize % _SECTOR:
         return 0
-    return 3 if warpgroups_pay(len(input), vocab, programs) else 2
+    return 3 if warpgroups_pay(len(input), vocab, programs) else few_warpgroups(input)
 
 
 def warpgroups_pay(num_tokens: int, vocab: int, programs: int) -> bool:
