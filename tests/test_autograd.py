@@ -35,6 +35,7 @@ def test_each_subset_of_gradients(impl: str, wanted: tuple[bool, bool, bool]) ->
     check_outcome(outcome, dense(operands, options), problem.dtype)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("wanted", SUBSETS[1:], ids=str)
 def test_each_subset_of_gradients_in_fp16_with_the_least_workspace(

@@ -146,6 +146,7 @@ def test_the_vocabulary_is_sorted_first(impl: str) -> None:
     assert relative_error(outcome.grad_weight, expected.grad_weight) < 1e-3
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("workspace", [None, 1 << 20], ids=["default", "1MiB"])
 @pytest.mark.parametrize("out_dtype", [None, torch.float32, torch.bfloat16], ids=str)

@@ -100,8 +100,17 @@ _DTYPES = {
 } | {"everything": [torch.float32, torch.float16], "far": [torch.float32, torch.float16]}
 
 
+# What of PyTorch is observed is seen by these, whatever its release.
+_EVERYWHERE = {"plain", "inside", "far-inside"}
+
+
 @pytest.mark.parametrize(
-    ("name", "dtype"), [(name, dtype) for name, dtypes in _DTYPES.items() for dtype in dtypes]
+    ("name", "dtype"),
+    [
+        pytest.param(name, dtype, marks=[] if name in _EVERYWHERE else [pytest.mark.once])
+        for name, dtypes in _DTYPES.items()
+        for dtype in dtypes
+    ],
 )
 def test_replays_have_the_bits_of_calls(name: str, dtype: torch.dtype) -> None:
     options, parts = CASES[name]
@@ -118,7 +127,7 @@ def test_replays_have_the_bits_of_calls(name: str, dtype: torch.dtype) -> None:
         for seed in range(CALLS):
             call(replace(problem, seed=seed).build(DEVICE), options)
         assert recorded().keys() == parts
-        for seed in (7, 8):
+        for seed in (7,) if "far" in name else (7, 8):  # which take long in Triton's interpreter
             operands = replace(problem, seed=seed).build(DEVICE)
             with without_replays():
                 expected = call(operands, options)
