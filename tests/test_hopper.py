@@ -52,7 +52,7 @@ pytestmark = pytest.mark.no_poison
 )
 def test_where_three_are_the_faster_ones(tokens: int, vocab: int, faster: bool) -> None:
     """On a GPU of 132 multiprocessors."""
-    assert tuning.warpgroups_pay(tokens, vocab, 132) == faster
+    assert tuning.warpgroups_pay(tokens, vocab, 132, 0.012) == faster
 
 
 # What no kernel would write, in 16 bits, too.
@@ -211,8 +211,11 @@ def test_only_what_they_can_do_goes_to_them() -> None:
 
 
 def test_two_warpgroups_are_for_a_large_cache() -> None:
-    few = torch.empty(1024, 4096, dtype=torch.bfloat16, device="meta")
-    many = torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta")
+    """Elsewhere three may waste a little more, where D is small."""
+    few, many, narrow = (
+        torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        for shape in ((1024, 4096), (8192, 4096), (4096, 2304))
+    )
     found = []
     for mib in (50, 60):
         with (
@@ -221,9 +224,9 @@ def test_two_warpgroups_are_for_a_large_cache() -> None:
             mock.patch.object(tuning, "_l2_bytes", lambda _, mib=mib: mib << 20),
         ):
             config = tuning.tile_config(90, 2)
-            found += [tuning.warpgroups(each, 128256, config, 132) for each in (few, many)]
+            found += [tuning.warpgroups(each, 128256, config, 132) for each in (few, many, narrow)]
             found.append(tuning.few_warpgroups(few))
-    assert found == [0, 3, 0, 2, 3, 2]
+    assert found == [0, 3, 3, 0, 2, 3, 2, 2]
 
 
 @pytest.mark.parametrize(("hidden", "found"), [(4096, 2), (4112, 2), (4104, 0), (4100, 0)])

@@ -19,7 +19,7 @@ from launch_runs import python_path
 
 SANITIZER = shutil.which("compute-sanitizer")
 
-# Ragged in every dimension; descriptors (40 and 136 columns) and pointers (37). Every option alone
+# Ragged in every dimension; descriptors (48 and 144 columns) and pointers (37). Every option alone
 # and all of them together, both gradients, a gradient that is added to a given buffer.
 PROGRAM = """
 import itertools, sys, torch
@@ -35,17 +35,17 @@ everything = dict(label_smoothing=0.1, z_loss=1e-3, logit_scale=0.5, logit_softc
                   return_stats="entropy", grad_filter=GradFilter.paper(2.0**-8))
 dtypes = (torch.bfloat16, torch.float16, torch.float32)
 cases = [(dtype, hidden, options)
-         for dtype, hidden in itertools.product(dtypes, (37, 136)) for options in ({}, everything)]
-cases += [(torch.bfloat16, 40, options) for options in alone]
+         for dtype, hidden in itertools.product(dtypes, (37, 144)) for options in ({}, everything)]
+cases += [(torch.bfloat16, 48, options) for options in alone]
 unfiltered = {name: value for name, value in everything.items() if name != "grad_filter"}
 cases += [(dtype, hidden, dict(unfiltered, keep=0.3))
-          for dtype, hidden in itertools.product(dtypes, (37, 136))]
+          for dtype, hidden in itertools.product(dtypes, (37, 144))]
 # On Hopper such sizes take two warpgroups, on whatever card; these once more by three.
 tuning.few_warpgroups = lambda _: 2
 terms = dict(label_smoothing=0.1, z_loss=1e-3, logit_scale=0.7)
 capped = dict(terms, logit_softcap=20.0)
 cases = [(*case, False) for case in cases]
-cases += [(torch.bfloat16, 40, options, True)
+cases += [(torch.bfloat16, 48, options, True)
           for options in ({}, terms, capped, dict(into=True), dict(keep=0.3),
                           dict(keep=0.3, into=True), dict(capped, keep=0.3))]
 far_field = sys.argv[1] == "far-field"

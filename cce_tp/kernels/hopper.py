@@ -8,20 +8,21 @@ in Gluon, which can say what Triton cannot:
 tile of 192 x 256 brings 22% fewer bytes from the L2 cache for each product than one of 128 x 256.
 
 *Warpgroups that run apart.* One warp loads; three warpgroups of 64 tokens each multiply and go on
-by themselves, so that one's exponentials run beside the others' products. Or two, and tiles of
-128 x 256: where the larger ones do not fit the sizes (`tuning.warpgroups`), and where what comes
-after the product takes more registers than three leave (`forward.statistics_form`, G^T with a cap).
+by themselves, so that one's exponentials run beside the others' products. Or, on cards with the L2
+cache of an H200 (`tuning.few_warpgroups`), two, and tiles of 128 x 256: where the larger ones do
+not fit the sizes (`tuning.warpgroups`), and where what comes after the product takes more registers
+than three leave (`forward.statistics_form`, G^T with a cap).
 
 *Sums in memory.* dC that is added to is not read: the bulk copy engine adds to it where it lies.
 
 Triton's interpreter does not know Gluon, which also changes from release to release: there, on
-other devices, in other releases, with a cap above 50, for some statistics
-(`forward.statistics_form`), for G^T with the paper's filter, for rows of dC that do not fit
-(`tuning.rows_for_warpgroups`) and for operands that the bulk copy engine cannot address, or only in
-pieces that cut sectors of memory (`tuning.warpgroups`), Triton's two kernels and the vendor's
-product run. Triton's compute the same bits, or, with a bias or a cap and a scale, a bias and a cap,
-for sums of logits with a scale that is no power of two, and for G^T with such a scale, a cap,
-z-loss or smoothing, the same to rounding, as is dC (`tests/test_hopper.py`).
+other devices, in other releases, on an H100 what two warpgroups would make, with a cap above 50,
+for some statistics (`forward.statistics_form`), for G^T with the paper's filter, for rows of dC
+that do not fit (`tuning.rows_for_warpgroups`) and for operands that the bulk copy engine cannot
+address, or only in pieces that cut sectors of memory (`tuning.warpgroups`), Triton's two kernels
+and the vendor's product run. Triton's compute the same bits, or, with a bias or a cap and a scale,
+a bias and a cap, for sums of logits with a scale that is no power of two, and for G^T with such a
+scale, a cap, z-loss or smoothing, the same to rounding, as is dC (`tests/test_hopper.py`).
 
 Legend: N tokens, V vocabulary rows of this launch, D hidden size.
 """
