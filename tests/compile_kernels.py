@@ -62,8 +62,10 @@ FEW = (
     ("bf16", "everything"),
     ("bf16", "far-kept"),
     ("fp16", "kept"),
-    ("fp32", "everything"),
 )
+IN_FP32 = ("fp32", "everything")
+# They differ from 8.0 and 10.0 in the sizes of tiles, and have the least memory for them.
+SMALL = (86, 120)
 # On Hopper: the speed of the exact path stands on these.
 LOGGED = (
     ("bf16", "plain"),
@@ -204,7 +206,10 @@ def cases_of(capability: int, few: bool) -> list[tuple[str, int, str, int]]:
         few, cases = True, [case for case in cases if case[1] == 256]
     elif tuning._has_gluon():
         cases += WARPGROUPS
-    wanted = FEW + (LOGGED[:1] if capability == 90 else ())
+    if capability == 90:
+        wanted = (*FEW, LOGGED[0])
+    else:
+        wanted = (FEW[0], IN_FP32) if capability in SMALL else (*FEW[:2], IN_FP32)
     return [case for case in cases if not few or (case[0], case[2]) in wanted]
 
 

@@ -24,13 +24,18 @@ TIMEOUT_S = 580  # some 30 to 110 on two cores with nothing else to do
 pytestmark = pytest.mark.timeout(TIMEOUT_S + 20)
 
 
+def _only_few() -> bool:
+    """Whether another interpreter's run is to show the rest."""
+    return os.environ.get("CCE_TP_TEST_ONCE") == "elsewhere"
+
+
 def _compile(capability: int) -> list[dict[str, Any]]:
     """What the script says of each kernel; "log": what the assembler said before.
 
     In a process of its own: this one may have Triton's interpreter in place of its compiler."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = python_path()
-    few = ["few"] if os.environ.get("CCE_TP_TEST_ONCE") == "elsewhere" else []
+    few = ["few"] if _only_few() else []
     done = subprocess.run(
         [sys.executable, str(SCRIPT), str(capability), *few],
         env=environment,
@@ -64,10 +69,15 @@ def test_kernels_build_and_fit(capability: int) -> None:
     limit = SHARED_KIB[capability] * 1024
     too_large = [result for result in results if result["shared"] > limit]
     assert not too_large, too_large
-    # What was compiled is what there is: every kernel, in every dtype.
+    # What was compiled is what there is: every kernel, in 16 bits and in 32; but where only the
+    # sizes of tiles differ, those that depend on them.
     kernels = {result["kernel"] for result in results}
-    assert kernels == _kernels_in_the_source(hopper=capability == 90 and tuning._has_gluon())
-    assert {result["dtype"] for result in results} == {"bf16", "fp16", "fp32"}
+    dtypes = {result["dtype"] for result in results}
+    if capability in (86, 120):
+        assert {"tile_statistics_kernel", "grad_logits_kernel", "sparse_product_kernel"} <= kernels
+    else:
+        assert kernels == _kernels_in_the_source(hopper=capability == 90 and tuning._has_gluon())
+    assert dtypes >= ({"bf16", "fp16"} if _only_few() else {"bf16", "fp32"})
     if capability == 90:
         _check_registers(results)
 
@@ -106,7 +116,7 @@ def _check_registers(results: list[dict[str, Any]]) -> None:
     # hundred or so on it takes twice as long. With a cap and more terms it is made in halves, in
     # order that it spills nothing; the statistics with all options may.
     allowed = {"plain-descriptors-256": 16}
-    few = os.environ.get("CCE_TP_TEST_ONCE") == "elsewhere"
+    few = _only_few()
     if not few:
         allowed["cap-descriptors-256"] = 200
         far = [each for each in results if each["variant"] == "far-field-descriptors-256"]
