@@ -1,4 +1,7 @@
-"""Every Triton kernel builds, without a GPU, for every architecture within its shared memory."""
+"""Triton's kernels build, without a GPU, for every architecture within its shared memory.
+
+All of them; or, where only the sizes of tiles differ, those that have such tiles.
+"""
 
 from __future__ import annotations
 
