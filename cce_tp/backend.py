@@ -62,6 +62,11 @@ class Backend(Protocol):
         sums: Tensor | None,
     ) -> None: ...
 
+    def filter_tokens(self, input: Tensor) -> int:
+        """Tokens of a tile of the paper's filter, for operands like this one; 0 where there is no
+        record of tiles and `sparse_product` is not called."""
+        ...
+
     def sparse_product(
         self,
         out: Tensor,
@@ -71,6 +76,8 @@ class Backend(Protocol):
         *,
         of_input: bool,
         accumulate: bool,
+        rows: Tensor | None = None,
+        factor: Tensor | None = None,
     ) -> None: ...
 
     # The sorted far field.
@@ -172,6 +179,7 @@ class _TritonBackend:
         self.grad_logits = backward.grad_logits
         self.grad_kept = backward.grad_kept
         self.weight_product = backward.weight_product
+        self.filter_tokens = backward.filter_tokens
         self.sparse_product = backward.sparse_product
         self.tile_rows = far_field.tile_rows
         self.probes = far_field.probes
@@ -200,6 +208,7 @@ class _TorchBackend:
         self.grad_logits = reference.grad_logits
         self.grad_kept = reference.grad_kept
         self.weight_product = products.weight_product
+        self.filter_tokens = lambda input: 0
         self.tile_rows = reference.tile_rows
         self.probes = reference.probes
         self.mass_key = reference.mass_key

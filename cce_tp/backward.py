@@ -242,6 +242,8 @@ class _BackwardPass:
         """What is asked at every step."""
         # Whether strips are of gathered rows.
         self.gathers = self.eps is not None or self.far is not None
+        # Tokens of the paper's filter's tiles, where they are listed: 0 without.
+        self.tile = self.backend.filter_tokens(self.logits.input) if self.eps is not None else 0
         # Whether even a dE or a dC that one product makes needs a temporary.
         self.apart = self.gathers or self.copies or self.unscale is not None
         out = self.sinks.weight
@@ -353,7 +355,7 @@ class _BackwardPass:
             self._finish_input(total, (0, num_tokens))
         loan = _Loan(self.backend, grad_weight, far.kept) if plan.held else None
         for start, stop in blocks(run, plan.strip):
-            part = self._weight_part(grad_KN[start:stop], self.logits.input, None)
+            part = self._weight_part(grad_KN[start:stop], self.logits.input)
             if loan is None:
                 self.backend.scatter_rows(grad_weight, far.kept.rows, part, accumulate=False)
             else:
@@ -412,7 +414,7 @@ class _BackwardPass:
         for t0, t1, part in total.parts:
             self._product(part, grad_VN[:, t0:t1], logits.weight, None, True)
         del logits  # gathered rows, before the temporary of dC is made
-        return _Head(plan.columns, total, self._weight_part(grad_VN, self.logits.input, None))
+        return _Head(plan.columns, total, self._weight_part(grad_VN, self.logits.input))
 
     def _walk_over_kept(self, kept: KeptLogits, workspace_bytes: int) -> bool:
         """Walk from the logits in dC's memory on; or forget them, where the workspace is too small
@@ -478,7 +480,7 @@ class _BackwardPass:
         if dC is not None:
             if self.in_pieces:
                 fixed += self._piece_rows(dC) * hidden * self._product_dtype(dC).itemsize
-            elif not self.direct:
+            elif not (self.direct or self.tile):
                 weight_row = hidden * self._product_dtype(dC).itemsize
             fits = dC.is_contiguous() and hidden * dC.itemsize % itemsize == 0
             if fits and not (copies or self.sinks.accumulate_weight):
@@ -500,7 +502,8 @@ class _BackwardPass:
             element=itemsize + copies * wide,
             token_row=sum_row,
             single_row=sum_row if self.apart else 0,
-            can_borrow=sums_apart and InputSum.can_borrow(dE, self.sum_dtype) and not self.eps,
+            can_borrow=sums_apart and InputSum.can_borrow(dE, self.sum_dtype),
+            token_tile=max(self.tile, 1),
             can_hold=sums_apart and holds,
             strip_row=hidden * (gathers * itemsize + copies * wide),
             weight_row=weight_row,
@@ -568,13 +571,14 @@ class _BackwardPass:
                     self._add_bias(strip, grad_VN)  # else it comes with dC
                 add = start > 0 or self.far is not None  # from a prefix on, `start` is not 0
                 for t0, t1, part in total.parts:
-                    self._product(part, _columns_of(grad_VN, t0, t1), logits.weight, kept, add)
+                    tiles = kept if len(total.parts) == 1 or kept is None else kept.tokens(t0, t1)
+                    self._product(part, _columns_of(grad_VN, t0, t1), logits.weight, tiles, add)
                 if stop == vocab:
                     self._finish_input(total, (n0, n1))
                 inputs = logits.input
                 del logits  # gathered rows, before the temporaries of dC are made
                 if loan is not None:
-                    loan.store(start, self._weight_part(grad_VN, inputs, None))
+                    loan.store(start, self._weight_part(grad_VN, inputs))
                 elif grad_weight is not None:
                     later = (n0, n1) != chunks[0] or self.sinks.accumulate_weight
                     self._add_weight(grad_weight, strip, grad_VN, inputs, kept, accumulate=later)
@@ -837,7 +841,13 @@ class _BackwardPass:
                 rows = grad_weight[strip.start + v0 : strip.start + v1]
                 self._add_piece(rows, grad_VN[v0:v1], inputs, accumulate=accumulate)
             return
-        part = self._weight_part(grad_VN, inputs, kept)
+        if kept is not None:
+            self.backend.sparse_product(
+                grad_weight, grad_VN, inputs, kept, of_input=False, accumulate=accumulate,
+                rows=strip.rows, factor=self.unscale,
+            )  # fmt: skip
+            return
+        part = self._weight_part(grad_VN, inputs)
         self._store(strip, grad_weight, part, accumulate=accumulate)
 
     def _piece_rows(self, grad_weight: Tensor) -> int:
@@ -861,13 +871,13 @@ class _BackwardPass:
         else:
             out.add_(part.mul_(self.unscale))
 
-    def _weight_part(self, grad_VN: Tensor, inputs: Tensor, kept: Any) -> Tensor:
+    def _weight_part(self, grad_VN: Tensor, inputs: Tensor) -> Tensor:
         """unscale * G^T E of a strip, in a tensor of its own."""
         assert self.sinks.weight is not None
         dtype = self._product_dtype(self.sinks.weight)
         shape = (grad_VN.shape[0], inputs.shape[1])
         part = torch.empty(shape, dtype=dtype, device=grad_VN.device)
-        self._weight_product(part, grad_VN, inputs, kept, accumulate=False)
+        self._weight_product(part, grad_VN, inputs, None, accumulate=False)
         if self.unscale is not None:
             part *= self.unscale
         return part

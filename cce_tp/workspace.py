@@ -150,6 +150,7 @@ class BackwardSizes(NamedTuple):
         token_row: bytes per token of dE's accumulator, 0 where dE itself takes the sum.
         single_row: bytes per token of dE's temporary where one product makes it.
         can_borrow: whether half of dE's accumulator fits into dE's own memory.
+        token_tile: tokens that must not be cut where it does.
         can_hold: whether rows of dC that may hold G may hold dE's accumulator as well.
         strip_row: bytes per vocabulary row of a strip beside the buffer (gathered rows).
         weight_row: bytes per vocabulary row of a strip where a step makes dC, for a temporary as
@@ -174,6 +175,7 @@ class BackwardSizes(NamedTuple):
     token_row: int
     single_row: int
     can_borrow: bool
+    token_tile: int
     can_hold: bool
     strip_row: int
     weight_row: int
@@ -188,6 +190,11 @@ class BackwardSizes(NamedTuple):
     known: int
     need_input: bool
     need_weight: bool
+
+    def borrows(self, chunk: int) -> bool:
+        """Whether a walk with such chunks can sum half of dE in dE's own memory."""
+        halves = [borrowed_tokens(each) for each in (chunk, self.tokens % chunk)]
+        return self.can_borrow and all(half % self.token_tile == 0 for half in halves)
 
     def step_row(self, weight: bool) -> int:
         """Bytes per vocabulary row of a strip beside its G."""
@@ -385,7 +392,7 @@ def plan_backward(sizes: BackwardSizes, workspace_bytes: int) -> tuple[Walk, ...
         return (_weight_only(sizes, available),)
     found: list[tuple[int, tuple[Walk, ...]]] = []
     for chunk in _chunks(sizes, available):
-        for borrow in (False, True) if sizes.can_borrow else (False,):
+        for borrow in (False, True) if sizes.borrows(chunk) else (False,):
             if sizes.need_weight and (chunk == sizes.tokens or sizes.weight_accumulates):
                 found += _token_walk(sizes, available, chunk, weight=True, borrow=borrow)
             if not sizes.need_weight:

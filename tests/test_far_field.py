@@ -737,6 +737,7 @@ def kept_sizes(share: float, hidden: int, tokens: int = 8192) -> BackwardSizes:
         token_row=4 * hidden,
         single_row=4 * hidden,
         can_borrow=True,
+        token_tile=1,
         can_hold=False,
         strip_row=2 * hidden,
         weight_row=2 * hidden,

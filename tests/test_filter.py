@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
 
 import cce_tp
+import cce_tp.backward
 from cce_tp.kernels import backward
+from cce_tp.workspace import TokenWalk
 from oracle import Operands, Outcome, dense, dense_logits
 from problems import Problem, call, even_bounds, join_shards, restrict, same_bits, solve
 from ranks import Rank, RankPool
 from sharding_cases import check_sharded, shard_of, solve_sharded
 from tolerance import check_outcome, relative_error
-from variants import DEVICE, IMPLS, MAIN_IMPL_DTYPES
+from variants import DEVICE, IMPLS, LOW_IMPL_DTYPES, MAIN_IMPL_DTYPES
 
 EVERYTHING: dict[str, Any] = {
     "reduction": "none",
@@ -212,13 +215,70 @@ def test_products_over_the_kept_tiles(of_input: bool, accumulate: bool) -> None:
     out = torch.randn(tokens if of_input else vocab, hidden)
     factor = grad_VN.t() if of_input else grad_VN
     expected = factor.double() @ other.double() + (out.double() if accumulate else 0.0)
-    found = out.to(DEVICE)
+    found, parts = out.to(DEVICE), out.clone().to(DEVICE)
     kept = backward.KeptTiles(mask.to(DEVICE), tile, tile)
     operands = grad_VN.to(DEVICE), other.to(DEVICE)
     backward.sparse_product(found, *operands, kept, of_input=of_input, accumulate=accumulate)
     assert relative_error(found.cpu(), expected) < 1e-6
     if not accumulate:
         assert bool((found[:tile] == 0).all())
+    if of_input:
+        # The first tokens, whole tiles of them, and the others by themselves: the same bits.
+        cut = 2 * tile
+        for start, stop in ((0, cut), (cut, tokens)):
+            backward.sparse_product(
+                parts[start:stop], operands[0][:, start:stop], operands[1],
+                kept.tokens(start, stop), of_input=True, accumulate=accumulate,
+            )  # fmt: skip
+        assert torch.equal(parts, found)
+
+
+@pytest.mark.parametrize("accumulate", [False, True], ids=["written", "added"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_rows_of_dc_go_where_they_belong(dtype: torch.dtype, accumulate: bool) -> None:
+    """By a list, times a factor, rounded once; other rows are left alone."""
+    tile, tokens, vocab, hidden = 16, 70, 45, 24
+    mask = (torch.rand(-(-tokens // tile), -(-vocab // tile)) < 0.5).int()
+    elements = mask.repeat_interleave(tile, 0).repeat_interleave(tile, 1)[:tokens, :vocab]
+    grad_VN = (torch.randn(tokens, vocab) * elements).t().contiguous().to(dtype)
+    input = torch.randn(tokens, hidden).to(dtype)
+    rows, factor = torch.randperm(100)[:vocab], torch.tensor(0.25)
+    before = torch.randn(100, hidden).to(dtype)
+    found = before.clone().to(DEVICE)
+    backward.sparse_product(
+        found, grad_VN.to(DEVICE), input.to(DEVICE),
+        backward.KeptTiles(mask.to(DEVICE), tile, tile), of_input=False, accumulate=accumulate,
+        rows=rows.to(DEVICE), factor=factor.to(DEVICE),
+    )  # fmt: skip
+    expected = before.double()
+    product = 0.25 * grad_VN.double() @ input.double()
+    expected[rows] = product + (expected[rows] if accumulate else 0.0)
+    others = torch.ones(100, dtype=torch.bool).index_fill(0, rows, False)
+    assert torch.equal(found.cpu()[others], before[others])
+    bound = torch.finfo(dtype).eps * expected.abs() / 2 + 1e-5
+    assert bool(((found.cpu().double() - expected).abs() <= bound).all())
+
+
+@pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
+@pytest.mark.parametrize("into", [False, True], ids=["returned", "added"])
+def test_half_of_the_sum_of_de_in_its_own_memory(impl: str, dtype: torch.dtype, into: bool) -> None:
+    """The same bits as in memory apart."""
+    problem = Problem(
+        impl=impl, dtype=dtype, tokens=(256,), vocab=300, hidden=40, bias=True, spread=2.0
+    )
+    operands, made = problem.build(DEVICE), []
+    for borrow in (False, True):
+        walk = TokenWalk(chunk=256, strip=128, weight=True, borrow=borrow)
+        options = {"impl": impl, **paper(2.0**-9)}
+        if into:
+            options["grad_weight_out"] = torch.ones(300, 40, device=DEVICE)
+        with mock.patch.object(cce_tp.backward, "plan_backward", lambda *_, w=walk: (w,)):
+            outcome = call(operands, options)
+        made.append((outcome, options.get("grad_weight_out", outcome.grad_weight)))
+    (apart, weight_apart), (inside, weight_inside) = made
+    assert same_bits(apart.grad_input, inside.grad_input)
+    assert same_bits(weight_apart, weight_inside)
+    assert bool((apart.grad_input != 0).any()) and bool((weight_apart != 0).any())
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -296,6 +296,7 @@ def sizes_of(tokens: int, hidden: int, vocab: int, **more: Any) -> BackwardSizes
         "token_row": 4 * hidden,
         "single_row": 0,
         "can_borrow": True,
+        "token_tile": 1,
         "can_hold": True,
         "strip_row": 0,
         "weight_row": 0,
@@ -379,6 +380,30 @@ def test_pieces_of_dc_stay_within_a_quarter_of_the_workspace(
     found = backward._BackwardPass._piece_rows(run, out)  # type: ignore[arg-type]
     assert found == (rows if rows < 128 else rows - rows % 128)
     assert found == 1 or found * hidden * 4 <= mib * MIB // 4
+
+
+@pytest.mark.parametrize(
+    ("shape", "steps"),
+    [((2048, 2304, 131072), 16), ((8192, 2304, 131072), 47), ((4096, 4096, 128256), 36)],
+    ids=str,
+)
+def test_the_papers_filter_takes_few_steps(shape: tuple[int, int, int], steps: int) -> None:
+    """At its default workspace; each is several launches, for which a GPU waits."""
+    tokens, hidden, vocab = shape
+    sizes = sizes_of(
+        *shape, token_tile=128, strip_row=2 * hidden, lent_row=0, can_hold=False, fixed=48 * vocab
+    )
+    cap = workspace.default_workspace_bytes(tokens, hidden, vocab, filtered=True)
+    (walk,) = plan_backward(sizes, cap)
+    assert isinstance(walk, TokenWalk) and len([*walk.strips(sizes)]) <= steps
+
+
+def test_a_sum_in_two_places_does_not_cut_tiles_of_tokens() -> None:
+    cases = {(8192, 8192): True, (8192, 4096): True, (8320, 8320): False, (8320, 8192): False}
+    for (tokens, chunk), allowed in cases.items():
+        assert sizes_of(tokens, 64, 1000, token_tile=128).borrows(chunk) == allowed
+    assert sizes_of(8320, 64, 1000).borrows(8320)
+    assert not sizes_of(8192, 64, 1000, can_borrow=False).borrows(8192)
 
 
 @pytest.mark.parametrize("tokens", [16, 71, 8191])

@@ -15,7 +15,7 @@ Legend: N tokens, V vocabulary columns of the strip, D hidden size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
 from typing import Any
 
 import torch
@@ -38,7 +38,6 @@ from cce_tp.kernels.tile import (
     dot_tile,
     grouped_block,
     halves,
-    load_tile,
     logits_tile,
     store_tile,
     target_column,
@@ -365,6 +364,8 @@ def sparse_product_kernel(
     a,
     b,
     out_ptr,
+    row_ptr,
+    factor_ptr,
     worklist_ptr,
     count_ptr,
     M,
@@ -385,10 +386,11 @@ def sparse_product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out (M, N) fp32 = or += A B, A being (M, K), or stored as (K, M) with TRANSPOSED.
+    """out (M, N) = or += factor A B, A being (M, K), or stored as (K, M) with TRANSPOSED.
 
     A's blocks of (BLOCK_M * SPLIT_M) x WORK_K are either kept or zero: worklist_ptr holds, per
-    row of blocks, the numbers of its `count` kept blocks."""
+    row of blocks, the numbers of its `count` kept blocks. Row m goes to row_ptr[m] of out, or to
+    row m where that is None; no factor is 1."""
     blocks_m = tl.cdiv(M, BLOCK_M)
     block_m = tl.program_id(0) % blocks_m
     block_n = tl.program_id(0) // blocks_m
@@ -398,25 +400,20 @@ def sparse_product_kernel(
         worklist_ptr + row * stride_worklist, tl.load(count_ptr + row),
         BLOCK_M, BLOCK_N, BLOCK_K, WORK_K, TRANSPOSED, False, A_DESCRIPTOR, B_DESCRIPTOR, PRECISION,
     )  # fmt: skip
+    if factor_ptr is not None:
+        acc *= tl.load(factor_ptr)
+    rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rows[:, None] < M) & (cols[None, :] < N)
+    if row_ptr is not None:
+        rows = tl.load(row_ptr + rows, mask=rows < M, other=0)
+    # 64-bit before the multiplication: a matrix may hold more than 2^31 elements.
+    outs = out_ptr + rows[:, None].to(tl.int64) * stride_out + cols[None, :]
     if ACCUMULATE:
-        acc += load_tile(
-            out_ptr, block_m * BLOCK_M, block_n * BLOCK_N, M, N, stride_out, BLOCK_M, BLOCK_N, False
-        )
-    store_tile(
-        out_ptr,
-        block_m * BLOCK_M,
-        block_n * BLOCK_N,
-        M,
-        N,
-        stride_out,
-        acc,
-        BLOCK_M,
-        BLOCK_N,
-        False,
-    )
+        acc += tl.load(outs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(outs, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@dataclass(frozen=True, slots=True)
 class KeptTiles:
     """Which tiles of a gradient strip survived the filter.
 
@@ -425,9 +422,44 @@ class KeptTiles:
         block_n, block_v: tokens and columns per tile.
     """
 
-    mask: Tensor
-    block_n: int
-    block_v: int
+    def __init__(self, mask: Tensor, block_n: int, block_v: int) -> None:
+        self.mask, self.block_n, self.block_v = mask, block_n, block_v
+
+    def tokens(self, start: int, stop: int) -> KeptTiles:
+        """Of these tokens alone, `start` being the first one of a tile."""
+        part = slice(start // self.block_n, ceil_div(stop, self.block_n))
+        made = KeptTiles(self.mask[part], self.block_n, self.block_v)
+        worklist, count = self.by_tokens
+        made.by_tokens = worklist[part], count[part]
+        return made
+
+    @functools.cached_property
+    def by_tokens(self) -> tuple[Tensor, Tensor]:
+        """For each block of tokens the vocabulary tiles that are kept, ascending, and how many."""
+        return _listed(self.mask)
+
+    @functools.cached_property
+    def by_columns(self) -> tuple[Tensor, Tensor]:
+        """For each vocabulary tile the blocks of tokens, likewise."""
+        return _listed(self.mask.t())
+
+
+def _listed(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row the columns of the ones, and how many: in ascending order, so that a sum over
+    them has one order and two runs give equal bits."""
+    worklist, count = mask.new_empty(mask.shape), mask.new_empty(mask.shape[0])
+    launch(
+        kept_blocks_kernel, len(mask),
+        mask_ptr=mask, worklist_ptr=worklist, count_ptr=count,
+        K=mask.shape[1], stride_row=mask.stride(0), stride_col=mask.stride(1),
+        BLOCK_K=128, num_warps=1,
+    )  # fmt: skip
+    return worklist, count
+
+
+def filter_tokens(input: Tensor) -> int:
+    """Tokens of a tile of the paper's filter, for operands like this one."""
+    return tuning.config_for(input)[0].block_n
 
 
 def grad_logits(
@@ -618,40 +650,37 @@ def sparse_product(
     *,
     of_input: bool,
     accumulate: bool,
+    rows: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> None:
     """out = or += G @ other with `of_input`, else G^T @ other, over the kept tiles of G alone.
 
     Args:
-        out: (N, D) fp32 with `of_input`, else (V, D) fp32.
+        out: (N, D) with `of_input`, else (V, D), or with `rows` all rows of dC; rounded to once.
         grad_VN: (V, N) gradient strip, G^T.
         other: (V, D) classifier rows of the strip with `of_input`, else (N, D) inputs.
         kept: which tiles of G are not zero.
         of_input: make a part of dE and not of dC.
         accumulate: add to `out`.
+        rows: (V,) int64, distinct: where in `out` the rows of the product go; None for in order.
+        factor: () fp32, of the product; None for 1.
     """
-    mask = kept.mask if of_input else kept.mask.t()
     tile_m, tile_k = (kept.block_n, kept.block_v) if of_input else (kept.block_v, kept.block_n)
-    # In ascending order: a sum has one order, so two runs give equal bits.
-    worklist, count = mask.new_empty(mask.shape), mask.new_empty(mask.shape[0])
-    launch(
-        kept_blocks_kernel, len(mask),
-        mask_ptr=mask, worklist_ptr=worklist, count_ptr=count,
-        K=mask.shape[1], stride_row=mask.stride(0), stride_col=mask.stride(1),
-        BLOCK_K=128, num_warps=1,
-    )  # fmt: skip
+    worklist, count = kept.by_tokens if of_input else kept.by_columns
     config, _ = tuning.config_for(grad_VN)
     block_m, block_k = min(tile_m, 128), min(tile_k, config.block_d)
     block_d = min(config.block_v, 128)
-    inner, rows = tuple(grad_VN.shape) if of_input else (grad_VN.shape[1], grad_VN.shape[0])
+    inner, outer = tuple(grad_VN.shape) if of_input else (grad_VN.shape[1], grad_VN.shape[0])
     a_descriptor = tuning.use_descriptors(grad_VN)
     b_descriptor = tuning.use_descriptors(other)
     a_block = (block_k, block_m) if of_input else (block_m, block_k)
     hidden = other.shape[1]
     launch(
-        sparse_product_kernel, ceil_div(rows, block_m) * ceil_div(hidden, block_d),
+        sparse_product_kernel, ceil_div(outer, block_m) * ceil_div(hidden, block_d),
         a=matrix_argument(grad_VN, *a_block, a_descriptor),
         b=matrix_argument(other, block_k, block_d, b_descriptor),
-        out_ptr=out, worklist_ptr=worklist, count_ptr=count, M=rows, N=hidden, K=inner,
+        out_ptr=out, row_ptr=rows, factor_ptr=factor, worklist_ptr=worklist, count_ptr=count,
+        M=outer, N=hidden, K=inner,
         stride_a=grad_VN.stride(0), stride_b=other.stride(0), stride_out=out.stride(0),
         stride_worklist=worklist.stride(0),
         ACCUMULATE=accumulate, TRANSPOSED=of_input, SPLIT_M=tile_m // block_m, WORK_K=tile_k,
