@@ -14,13 +14,20 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+# By a module's name, and how many names it has: which of them are modules of the language.
+_languages: dict[tuple[Any, int], list[Any]] = {}
+
 
 def is_patched(function: Any) -> bool:
     """Whether the interpreter's functions are in every module of the language that it sees."""
     import triton.language as tl
 
-    seen = [each for each in function.__globals__.values() if inspect.ismodule(each)]
-    seen = [each for each in seen if each is tl or each is tl.core]
+    names = function.__globals__
+    key = names.get("__name__"), len(names)
+    if key not in _languages:
+        seen = [each for each in names.values() if inspect.ismodule(each)]
+        _languages[key] = [each for each in seen if each is tl or each is tl.core]
+    seen = _languages[key]
     # A module is patched, and restored, as a whole.
     return bool(seen) and not any(tl.core.is_builtin(each.load) for each in seen)
 

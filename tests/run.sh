@@ -14,7 +14,8 @@
 # failed, so that one run shows everything; pytest's summary is always the last output.
 #
 #   CCE_TP_TEST_WORKERS   test processes in a run without pytest arguments
-#                         (default: one per core, at most 4; 0: no extra process)
+#                         (default: three for two cores, at most 4, as many of them wait for
+#                         ranks, files and imports; 0: no extra process)
 #   CCE_TP_TEST_ONCE      "elsewhere": skip the tests marked `once`, which take long and show what
 #                         hardly depends on the interpreter and the packages (default: run them)
 #   CCE_TP_TEST_ONLY      "environment": make the environment and run nothing
@@ -70,7 +71,9 @@ make_environment() {
     rm -f "$stamp"
     rm -rf "$environment"
     "$python" -m venv "$environment" || fail "could not make a virtual environment"
-    local options=(--quiet --disable-pip-version-check --editable '.[megatron,launch,test]')
+    # Python compiles what the tests import, a small part of it, as they do so.
+    local options=(--no-compile --quiet --disable-pip-version-check)
+    options+=(--editable '.[megatron,launch,test]')
     if [[ -e $constraints ]]; then
         options+=(--constraint "$constraints")
     else
@@ -139,6 +142,7 @@ pytest_options=()
 if (($# == 0)); then
     # nproc counts threads, not cores, where the variables of OpenMP are set.
     workers=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 1)
+    workers=$(((3 * workers + 1) / 2))
     workers=${CCE_TP_TEST_WORKERS:-$((workers < 4 ? workers : 4))}
     # Each begins with a half of its own, so that few files set up their ranks twice.
     ((workers > 1)) && pytest_options+=(--numprocesses "$workers" --dist worksteal)
