@@ -242,8 +242,9 @@ class _BackwardPass:
         """What is asked at every step."""
         # Whether strips are of gathered rows.
         self.gathers = self.eps is not None or self.far is not None
-        # Tokens of the paper's filter's tiles, where they are listed: 0 without.
-        self.tile = self.backend.filter_tokens(self.logits.input) if self.eps is not None else 0
+        # Whether the paper's filter's tiles are listed, and their tokens.
+        tile = 0 if self.eps is None else self.backend.filter_tokens(self.logits.input)
+        self.lists_tiles, self.tile = tile > 0, max(tile, 1)
         # Whether even a dE or a dC that one product makes needs a temporary.
         self.apart = self.gathers or self.copies or self.unscale is not None
         out = self.sinks.weight
@@ -480,7 +481,7 @@ class _BackwardPass:
         if dC is not None:
             if self.in_pieces:
                 fixed += self._piece_rows(dC) * hidden * self._product_dtype(dC).itemsize
-            elif not (self.direct or self.tile):
+            elif not (self.direct or self.lists_tiles):
                 weight_row = hidden * self._product_dtype(dC).itemsize
             fits = dC.is_contiguous() and hidden * dC.itemsize % itemsize == 0
             if fits and not (copies or self.sinks.accumulate_weight):
@@ -503,7 +504,7 @@ class _BackwardPass:
             token_row=sum_row,
             single_row=sum_row if self.apart else 0,
             can_borrow=sums_apart and InputSum.can_borrow(dE, self.sum_dtype),
-            token_tile=max(self.tile, 1),
+            token_tile=self.tile,
             can_hold=sums_apart and holds,
             strip_row=hidden * (gathers * itemsize + copies * wide),
             weight_row=weight_row,
@@ -554,7 +555,9 @@ class _BackwardPass:
                 total = head.total
             else:
                 part = rows_of(grad_input, n0, n1)
-                total = InputSum(part, self.sum_dtype, in_place=single, borrow=walk.borrow)
+                total = InputSum(
+                    part, self.sum_dtype, in_place=single, borrow=walk.borrow, tile=self.tile
+                )
                 if self.far is not None:
                     for t0, t1, part in total.parts:
                         self.far.start_input(part, (n0 + t0, n0 + t1))

@@ -185,6 +185,7 @@ class InputSum:
         *,
         in_place: bool,
         borrow: bool,
+        tile: int = 1,
         held: Tensor | None = None,
     ) -> None:
         """
@@ -194,6 +195,7 @@ class InputSum:
             in_place: one product makes it all, so that `out` itself may take it.
             borrow: sum the first `borrowed_tokens` of the tokens in the memory of `out`, which is
                 half as wide as the sum; only the others take memory of their own.
+            tile: tokens that must not be cut between the two parts.
             held: (tokens that are not borrowed, D) of `dtype`, takes the others; None for a new
                 tensor.
         """
@@ -202,7 +204,7 @@ class InputSum:
         if in_place or out.dtype == dtype:
             self.parts = [(0, tokens, out)]
             return
-        half = borrowed_tokens(tokens) if borrow else 0
+        half = borrowed_tokens(tokens, tile) if borrow else 0
         self.parts = []
         if half:
             inside = out[: 2 * half].view(-1).view(dtype).view(half, hidden)

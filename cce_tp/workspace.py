@@ -27,6 +27,7 @@ Legend: N tokens, V vocabulary rows of this rank, D hidden size.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -150,7 +151,7 @@ class BackwardSizes(NamedTuple):
         token_row: bytes per token of dE's accumulator, 0 where dE itself takes the sum.
         single_row: bytes per token of dE's temporary where one product makes it.
         can_borrow: whether half of dE's accumulator fits into dE's own memory.
-        token_tile: tokens that must not be cut where it does.
+        token_tile: tokens that must not be cut between the halves.
         can_hold: whether rows of dC that may hold G may hold dE's accumulator as well.
         strip_row: bytes per vocabulary row of a strip beside the buffer (gathered rows).
         weight_row: bytes per vocabulary row of a strip where a step makes dC, for a temporary as
@@ -191,10 +192,13 @@ class BackwardSizes(NamedTuple):
     need_input: bool
     need_weight: bool
 
-    def borrows(self, chunk: int) -> bool:
-        """Whether a walk with such chunks can sum half of dE in dE's own memory."""
-        halves = [borrowed_tokens(each) for each in (chunk, self.tokens % chunk)]
-        return self.can_borrow and all(half % self.token_tile == 0 for half in halves)
+    def sum_bytes(self, chunk: int, borrow: bool) -> int:
+        """Of dE's accumulator for a walk with such chunks, beside what lies in dE."""
+        if not borrow:
+            return chunk * self.token_row
+        # The last chunk is shorter, and may have fewer whole tiles to borrow for.
+        chunks = chunk, self.tokens % chunk
+        return max(n - borrowed_tokens(n, self.token_tile) for n in chunks) * self.token_row
 
     def step_row(self, weight: bool) -> int:
         """Bytes per vocabulary row of a strip beside its G."""
@@ -392,7 +396,7 @@ def plan_backward(sizes: BackwardSizes, workspace_bytes: int) -> tuple[Walk, ...
         return (_weight_only(sizes, available),)
     found: list[tuple[int, tuple[Walk, ...]]] = []
     for chunk in _chunks(sizes, available):
-        for borrow in (False, True) if sizes.borrows(chunk) else (False,):
+        for borrow in (False, True) if sizes.can_borrow else (False,):
             if sizes.need_weight and (chunk == sizes.tokens or sizes.weight_accumulates):
                 found += _token_walk(sizes, available, chunk, weight=True, borrow=borrow)
             if not sizes.need_weight:
@@ -558,10 +562,11 @@ def pays(sizes: BackwardSizes, walks: tuple[Walk, ...], rows: int, *, run: int =
     return cost <= _WELL_BELOW * products * product * rows
 
 
-def borrowed_tokens(tokens: int) -> int:
+def borrowed_tokens(tokens: int, tile: int = 1) -> int:
     """How many of the fp32 sums of so many 16-bit rows lie in those rows' own memory: half of them,
-    cut where operands of products start aligned."""
-    return tokens // 2 // 8 * 8
+    cut where operands of products start aligned, and between tiles of so many tokens."""
+    unit = math.lcm(8, tile)
+    return tokens // 2 // unit * unit
 
 
 def _sum_again(sizes: BackwardSizes) -> int:
@@ -607,8 +612,7 @@ def _token_walk(
     if widest == sizes.vocab and whole <= available and not borrow:
         walk = TokenWalk(chunk=chunk, strip=sizes.vocab, weight=weight)
         return [(_price(sizes, walk), (walk,))]
-    sums = chunk * sizes.token_row // (2 if borrow else 1)
-    room = available - sums
+    room = available - sizes.sum_bytes(chunk, borrow)
     per_column = chunk * sizes.element + row
     found: list[tuple[int, tuple[Walk, ...]]] = []
     loan_room = room - sizes.loan_bytes

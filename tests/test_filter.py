@@ -262,22 +262,37 @@ def test_rows_of_dc_go_where_they_belong(dtype: torch.dtype, accumulate: bool) -
 @pytest.mark.parametrize(("impl", "dtype"), LOW_IMPL_DTYPES)
 @pytest.mark.parametrize("into", [False, True], ids=["returned", "added"])
 def test_half_of_the_sum_of_de_in_its_own_memory(impl: str, dtype: torch.dtype, into: bool) -> None:
-    """The same bits as in memory apart."""
+    """The same bits as in memory apart. The halves keep other tiles, if the kernels choose them."""
     problem = Problem(
         impl=impl, dtype=dtype, tokens=(256,), vocab=300, hidden=40, bias=True, spread=2.0
     )
-    operands, made = problem.build(DEVICE), []
+    operands, made, masks = problem.build(DEVICE), [], []
+    operands.target[:128], operands.target[128:] = 3, 200
+    operands.input[:128] *= 0.2
+    operands.input[128:] *= 2.0
+    cut = backward.KeptTiles.tokens
+
+    def tokens(self: backward.KeptTiles, start: int, stop: int) -> backward.KeptTiles:
+        found = cut(self, start, stop)
+        masks.append(found.mask.amax(0).cpu())
+        return found
+
     for borrow in (False, True):
         walk = TokenWalk(chunk=256, strip=128, weight=True, borrow=borrow)
-        options = {"impl": impl, **paper(2.0**-9)}
+        options = {"impl": impl, **paper(2.0**-3)}
         if into:
             options["grad_weight_out"] = torch.ones(300, 40, device=DEVICE)
-        with mock.patch.object(cce_tp.backward, "plan_backward", lambda *_, w=walk: (w,)):
+        with (
+            mock.patch.object(cce_tp.backward, "plan_backward", lambda *_, w=walk: (w,)),
+            mock.patch.object(backward.KeptTiles, "tokens", tokens),
+        ):
             outcome = call(operands, options)
         made.append((outcome, options.get("grad_weight_out", outcome.grad_weight)))
     (apart, weight_apart), (inside, weight_inside) = made
     assert same_bits(apart.grad_input, inside.grad_input)
     assert same_bits(weight_apart, weight_inside)
+    assert len(masks) % 2 == 0 and bool(masks) == (impl == "triton")
+    assert not masks or any(not torch.equal(*masks[i : i + 2]) for i in range(0, len(masks), 2))
     assert bool((apart.grad_input != 0).any()) and bool((weight_apart != 0).any())
 
 

@@ -16,6 +16,8 @@ from unittest import mock
 import pytest
 import torch
 
+import cce_tp
+from backward_passes import operands_as_they_are
 from cce_tp import backward, products, sharding, workspace
 from cce_tp.products import InputSum
 from cce_tp.workspace import (
@@ -29,7 +31,7 @@ from cce_tp.workspace import (
     plan_backward,
 )
 from problems import Problem, call, check, same_bits
-from variants import DEVICE, IMPL_DTYPES, LOW_IMPL_DTYPES
+from variants import DEVICE, HAS_CUDA, IMPL_DTYPES, LOW_IMPL_DTYPES
 
 pytestmark = pytest.mark.once
 
@@ -382,28 +384,69 @@ def test_pieces_of_dc_stay_within_a_quarter_of_the_workspace(
     assert found == 1 or found * hidden * 4 <= mib * MIB // 4
 
 
+def _sizes_of_the_papers_filter(tokens: int, hidden: int, vocab: int) -> BackwardSizes:
+    """On a GPU: those of a small call, made larger."""
+    found: list[BackwardSizes] = []
+
+    def plan(sizes: BackwardSizes, workspace_bytes: int) -> Any:
+        found.append(sizes)
+        return plan_backward(sizes, workspace_bytes)
+
+    small = Problem(impl="triton", dtype=torch.float16, tokens=(70,), vocab=150, hidden=32)
+    options = {"impl": "triton", "grad_filter": cce_tp.GradFilter.paper()}
+    with operands_as_they_are(), mock.patch.object(backward, "plan_backward", plan):
+        call(small.build(DEVICE), options)
+    (sizes,) = found
+    assert sizes.can_borrow and sizes.token_tile == (128 if HAS_CUDA else 32)
+    assert sizes.weight_row == 0 and sizes.fixed == 48 * 150
+    assert sizes.token_row == sizes.weight_accumulator == 4 * 32 and sizes.strip_row == 2 * 32
+    return sizes._replace(
+        tokens=tokens,
+        vocab=vocab,
+        hidden=hidden,
+        token_row=4 * hidden,
+        token_tile=128,
+        strip_row=2 * hidden,
+        weight_accumulator=4 * hidden,
+        gradient_row=2 * tokens,
+        fixed=48 * vocab,
+    )
+
+
 @pytest.mark.parametrize(
     ("shape", "steps"),
-    [((2048, 2304, 131072), 16), ((8192, 2304, 131072), 47), ((4096, 4096, 128256), 36)],
+    [
+        ((2048, 2304, 131072), 16),
+        ((8192, 2304, 131072), 47),
+        ((8191, 2304, 131072), 48),
+        ((4096, 4096, 128256), 36),
+    ],
     ids=str,
 )
 def test_the_papers_filter_takes_few_steps(shape: tuple[int, int, int], steps: int) -> None:
     """At its default workspace; each is several launches, for which a GPU waits."""
     tokens, hidden, vocab = shape
-    sizes = sizes_of(
-        *shape, token_tile=128, strip_row=2 * hidden, lent_row=0, can_hold=False, fixed=48 * vocab
-    )
+    sizes = _sizes_of_the_papers_filter(*shape)
     cap = workspace.default_workspace_bytes(tokens, hidden, vocab, filtered=True)
     (walk,) = plan_backward(sizes, cap)
     assert isinstance(walk, TokenWalk) and len([*walk.strips(sizes)]) <= steps
 
 
-def test_a_sum_in_two_places_does_not_cut_tiles_of_tokens() -> None:
-    cases = {(8192, 8192): True, (8192, 4096): True, (8320, 8320): False, (8320, 8192): False}
-    for (tokens, chunk), allowed in cases.items():
-        assert sizes_of(tokens, 64, 1000, token_tile=128).borrows(chunk) == allowed
-    assert sizes_of(8320, 64, 1000).borrows(8320)
-    assert not sizes_of(8192, 64, 1000, can_borrow=False).borrows(8192)
+@pytest.mark.parametrize(("tokens", "chunk"), [(8192, 8192), (8191, 4096), (456, 256), (71, 71)])
+@pytest.mark.parametrize("tile", [1, 32, 128])
+def test_a_sum_in_two_places_does_not_cut_tiles_of_tokens(
+    tokens: int, chunk: int, tile: int
+) -> None:
+    """And takes no more memory than is planned for."""
+    planned = sizes_of(tokens, 4, 1000, token_tile=tile).sum_bytes(chunk, True)
+    for start, stop in workspace.blocks(tokens, chunk):
+        out = torch.empty(stop - start, 4, dtype=torch.bfloat16)
+        parts = InputSum(out, torch.float32, in_place=False, borrow=True, tile=tile).parts
+        assert parts[-1][0] % tile == 0 and (len(parts) == 2) == (
+            (stop - start) // 2 >= max(8, tile)
+        )
+        assert parts[-1][2].nbytes <= planned <= 16 * chunk
+    assert sizes_of(tokens, 4, 1000).sum_bytes(chunk, False) == 16 * chunk
 
 
 @pytest.mark.parametrize("tokens", [16, 71, 8191])

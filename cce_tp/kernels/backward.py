@@ -427,6 +427,7 @@ class KeptTiles:
 
     def tokens(self, start: int, stop: int) -> KeptTiles:
         """Of these tokens alone, `start` being the first one of a tile."""
+        assert start % self.block_n == 0
         part = slice(start // self.block_n, ceil_div(stop, self.block_n))
         made = KeptTiles(self.mask[part], self.block_n, self.block_v)
         worklist, count = self.by_tokens
