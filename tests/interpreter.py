@@ -14,8 +14,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-# By a module's name, and how many names it has: which of them are modules of the language.
-_languages: dict[tuple[Any, int], list[Any]] = {}
+# Of the names that functions see: how many there were, and which are modules of the language.
+_languages: dict[int, tuple[Any, int, list[Any]]] = {}
 
 
 def is_patched(function: Any) -> bool:
@@ -23,11 +23,11 @@ def is_patched(function: Any) -> bool:
     import triton.language as tl
 
     names = function.__globals__
-    key = names.get("__name__"), len(names)
-    if key not in _languages:
-        seen = [each for each in names.values() if inspect.ismodule(each)]
-        _languages[key] = [each for each in seen if each is tl or each is tl.core]
-    seen = _languages[key]
+    known, size, seen = _languages.get(id(names), (None, 0, []))
+    if known is not names or size != len(names):
+        modules = [each for each in names.values() if inspect.ismodule(each)]
+        seen = [each for each in modules if each is tl or each is tl.core]
+        _languages[id(names)] = names, len(names), seen
     # A module is patched, and restored, as a whole.
     return bool(seen) and not any(tl.core.is_builtin(each.load) for each in seen)
 

@@ -14,8 +14,7 @@
 # failed, so that one run shows everything; pytest's summary is always the last output.
 #
 #   CCE_TP_TEST_WORKERS   test processes in a run without pytest arguments
-#                         (default: three for two cores, at most 4, as many of them wait for
-#                         ranks, files and imports; 0: no extra process)
+#                         (default: one per core, at most 4; 0: no extra process)
 #   CCE_TP_TEST_ONCE      "elsewhere": skip the tests marked `once`, which take long and show what
 #                         hardly depends on the interpreter and the packages (default: run them)
 #   CCE_TP_TEST_ONLY      "environment": make the environment and run nothing
@@ -43,7 +42,7 @@ environment_key() {
     "$python" - "$constraints" <<'PYTHON'
 import hashlib, os, re, sys
 
-recipe = 1  # raise when make_environment below changes
+recipe = 1  # raise when what make_environment below installs changes
 digest = hashlib.sha256()
 for part in (recipe, sys.version, os.path.realpath(sys.executable), sys.base_prefix, os.getcwd()):
     digest.update(repr(part).encode())
@@ -142,7 +141,6 @@ pytest_options=()
 if (($# == 0)); then
     # nproc counts threads, not cores, where the variables of OpenMP are set.
     workers=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || echo 1)
-    workers=$(((3 * workers + 1) / 2))
     workers=${CCE_TP_TEST_WORKERS:-$((workers < 4 ? workers : 4))}
     # Each begins with a half of its own, so that few files set up their ranks twice.
     ((workers > 1)) && pytest_options+=(--numprocesses "$workers" --dist worksteal)
