@@ -439,7 +439,7 @@ def plan_kept(sizes: BackwardSizes, workspace_bytes: int) -> WholeWalk | PrefixW
     if not found:
         return None
     _, rest = min(found, key=lambda each: each[0])
-    sums = sizes.tokens * sizes.token_row // (2 if rest.borrow else 1)
+    sums = sizes.sum_bytes(sizes.tokens, rest.borrow)
     per_row = sizes.gradient_row + sizes.weight_row
     strip = _fit(available - sums, per_row, _LAST_STRIPS, _STRIP_STEP)
     return PrefixWalk(strip, rest) if strip * per_row <= available - sums else None
@@ -467,7 +467,7 @@ def plan_head(sizes: BackwardSizes, workspace_bytes: int, tile: int) -> Head | N
     """
     available = _available(sizes, workspace_bytes)
     borrow = sizes.can_borrow and 4 * sizes.tokens * sizes.token_row > available
-    room = available - sizes.tokens * sizes.token_row // (2 if borrow else 1)
+    room = available - sizes.sum_bytes(sizes.tokens, borrow)
     per_column = sizes.step_row(True)
     most = min(_HEAD_ROWS, int(_HEAD_SHARE * sizes.vocab))
     if sizes.loan_columns > 0:
@@ -665,8 +665,7 @@ def _whole_walk(sizes: BackwardSizes, available: int) -> list[tuple[int, tuple[W
 def _tail_walk(sizes: BackwardSizes, available: int) -> list[tuple[int, tuple[Walk, ...]]]:
     if not sizes.can_hold:
         return []
-    borrowed = borrowed_tokens(sizes.tokens) if sizes.can_borrow else 0
-    held = (sizes.tokens - borrowed) * sizes.token_row + ALIGNMENT
+    held = sizes.sum_bytes(sizes.tokens, sizes.can_borrow) + ALIGNMENT
     tail = 16 * -(-held // (16 * sizes.lent_row))
     # At least one strip of the tail must fit into the rows before it.
     if (sizes.vocab - tail) * sizes.lent_row < _STRIP_STEP * sizes.gradient_row + ALIGNMENT:

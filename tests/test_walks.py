@@ -31,7 +31,7 @@ from cce_tp.workspace import (
     plan_backward,
 )
 from problems import Problem, call, check, same_bits
-from variants import DEVICE, HAS_CUDA, IMPL_DTYPES, LOW_IMPL_DTYPES
+from variants import DEVICE, IMPL_DTYPES, LOW_IMPL_DTYPES
 
 pytestmark = pytest.mark.once
 
@@ -331,7 +331,7 @@ def test_a_plan_fits_its_workspace(shape: tuple[int, int, int], mib: int, into: 
     tokens, _, vocab = shape
     for walk in plan_backward(sizes, mib * MIB):
         if isinstance(walk, TokenWalk):
-            sums = walk.chunk * sizes.token_row // (2 if walk.borrow else 1)
+            sums = sizes.sum_bytes(walk.chunk, walk.borrow)
             if walk.strip >= vocab:
                 sums = 0
             held = sums + walk.chunk * walk.strip * sizes.element
@@ -397,7 +397,7 @@ def _sizes_of_the_papers_filter(tokens: int, hidden: int, vocab: int) -> Backwar
     with operands_as_they_are(), mock.patch.object(backward, "plan_backward", plan):
         call(small.build(DEVICE), options)
     (sizes,) = found
-    assert sizes.can_borrow and sizes.token_tile == (128 if HAS_CUDA else 32)
+    assert sizes.can_borrow and sizes.token_tile >= 16
     assert sizes.weight_row == 0 and sizes.fixed == 48 * 150
     assert sizes.token_row == sizes.weight_accumulator == 4 * 32 and sizes.strip_row == 2 * 32
     return sizes._replace(
